@@ -1,0 +1,104 @@
+"""Causal attention within a window: one contract, several backends.
+
+A query at position p sees the keys at positions p-window … p (window + 1 of them), of its own segment where
+segments are given. Scores are scaled by 1/sqrt(head_dim) and the softmax runs in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.cache import KVCache, slot_positions, write
+
+QUERY_CHUNK = 256  # queries a block of the chunked backend: small enough to skip most of what is masked
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    *,
+    window: int,
+    segment_ids_BT: jax.Array | None = None,
+    backend: str = "xla",
+) -> jax.Array:
+    """Self-attention over whole sequences, as in training.
+
+    Args:
+        q_BTNH: queries; N is a multiple of K (grouped-query attention).
+        k_BTKH: keys of the same T positions.
+        v_BTKH: values.
+        window: keys seen before the query's own.
+        segment_ids_BT: int32; a query sees only keys of its own segment.
+        backend: "cudnn" (NVIDIA Ampere and newer), or "xla" (everywhere, in chunks of queries).
+
+    Returns:
+        (B, T, N, H) in q's dtype.
+    """
+    T = q_BTNH.shape[1]
+    if backend == "cudnn" and segment_ids_BT is None:
+        local = (window, 0) if window < T - 1 else None
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation="cudnn"
+        )
+    outputs = []
+    for start in range(0, T, QUERY_CHUNK):
+        stop, first_key = min(start + QUERY_CHUNK, T), max(0, start - window)
+        queries, keys = slice(start, stop), slice(first_key, stop)
+        distance_TS = jnp.arange(start, stop)[:, None] - jnp.arange(first_key, stop)[None, :]
+        mask_BTS = ((distance_TS >= 0) & (distance_TS <= window))[None]
+        if segment_ids_BT is not None:
+            mask_BTS &= segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys]
+        outputs.append(masked_attention(q_BTNH[:, queries], k_BTKH[:, keys], v_BTKH[:, keys], mask_BTS))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def attend_cached(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    cache: KVCache,
+    layer: int,
+    counts_B: jax.Array,
+    *,
+    window: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of a chunk over what a layer's cache holds and the chunk itself.
+
+    Args:
+        q_BTNH: queries of the T tokens that follow each row's cache.lengths_B earlier ones.
+        k_BTKH: their keys; they are added to the cache.
+        v_BTKH: their values; likewise.
+        cache: the whole cache; only this layer of it is read.
+        layer: which.
+        counts_B: how many of the T tokens are real; the others' outputs mean nothing.
+        window: keys seen before the query's own.
+
+    Returns:
+        (B, T, N, H) in q's dtype, and the layer's new keys and values.
+    """
+    old_keys, old_values, lengths_B = cache.keys[layer], cache.values[layer], cache.lengths_B
+    keys, values = write(old_keys, k_BTKH, lengths_B, counts_B), write(old_values, v_BTKH, lengths_B, counts_B)
+    T, S = q_BTNH.shape[1], old_keys.shape[1]
+    t_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
+    positions_BT = lengths_B[:, None] + t_1T
+    if T == 1 or window >= S:  # nothing that a query of this chunk still sees has been overwritten
+        seen_keys, seen_values = keys, values
+        key_positions_BS = slot_positions(lengths_B + counts_B, S)
+    else:
+        seen_keys = jnp.concatenate([old_keys, k_BTKH.astype(old_keys.dtype)], axis=1)
+        seen_values = jnp.concatenate([old_values, v_BTKH.astype(old_values.dtype)], axis=1)
+        chunk_positions_BT = jnp.where(t_1T < counts_B[:, None], positions_BT, -1)
+        key_positions_BS = jnp.concatenate([slot_positions(lengths_B, S), chunk_positions_BT], axis=1)
+    distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
+    mask_BTS = (distance_BTS >= 0) & (distance_BTS <= window) & (key_positions_BS >= 0)[:, None, :]
+    return masked_attention(q_BTNH, seen_keys, seen_values, mask_BTS).astype(q_BTNH.dtype), keys, values
+
+
+def masked_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Attention with an explicit boolean mask: the reference that the other backends are tested against."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BTS[:, None, None], scores * H**-0.5, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)

@@ -1,0 +1,48 @@
+"""The key-value cache: a plain pytree that goes into the model and comes out again.
+
+Each row (conversation) has its own length. A layer's cache holds S slots, and position p lives in slot p % S:
+S is the whole context for layers that see everything, window + 1 for the others, which so become rings.
+Absolute positions follow from the lengths alone. Padding tokens are never written.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.config import ModelConfig
+
+
+class KVCache(NamedTuple):
+    keys: tuple[jax.Array, ...]  # per layer (B, S, K, H), in the compute dtype
+    values: tuple[jax.Array, ...]
+    lengths_B: jax.Array  # int32, tokens seen by each row
+    last_embed_BD: jax.Array  # embedding of the last token before smear; zero in an empty row
+
+
+def init_cache(cfg: ModelConfig, batch: int, dtype: str, max_len: int | None = None) -> KVCache:
+    """An empty cache for rows of up to max_len tokens (default: the model's sequence_len)."""
+    slots = [min(max_len or cfg.sequence_len, spec.window + 1) for spec in cfg.layer_specs()]
+    shapes = [(batch, S, cfg.n_kv_head, cfg.head_dim) for S in slots]
+    return KVCache(
+        keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
+        values=tuple(jnp.zeros(shape, dtype) for shape in shapes),
+        lengths_B=jnp.zeros(batch, jnp.int32),
+        last_embed_BD=jnp.zeros((batch, cfg.n_embd), dtype),
+    )
+
+
+def slot_positions(lengths_B: jax.Array, S: int) -> jax.Array:
+    """Absolute position held by each of the S slots, -1 where a slot is still empty: (B, S) int32."""
+    last_B1, slots_1S = lengths_B[:, None] - 1, jnp.arange(S, dtype=jnp.int32)[None, :]
+    positions_BS = last_B1 - (last_B1 - slots_1S) % S
+    return jnp.where((positions_BS >= 0) & (last_B1 >= 0), positions_BS, -1)
+
+
+def write(slots_BSKH: jax.Array, new_BTKH: jax.Array, lengths_B: jax.Array, counts_B: jax.Array) -> jax.Array:
+    """Write each row's first counts_B new entries behind its lengths_B old ones; a ring keeps the last S."""
+    B, S = slots_BSKH.shape[:2]
+    t_1T = jnp.arange(new_BTKH.shape[1], dtype=jnp.int32)[None, :]
+    kept_BT = (t_1T < counts_B[:, None]) & (t_1T >= counts_B[:, None] - S)
+    slot_BT = jnp.where(kept_BT, (lengths_B[:, None] + t_1T) % S, S)  # S is out of range, hence dropped
+    return slots_BSKH.at[jnp.arange(B)[:, None], slot_BT].set(new_BTKH.astype(slots_BSKH.dtype), mode="drop")

@@ -1,0 +1,245 @@
+"""Every number a run is made of: the architecture, the one dial that sets it, and what follows from it.
+
+Pure arithmetic on the standard library: nothing here touches JAX or a device. Formulas are those of
+nanochat (karpathy/nanochat, commit 92d63d4).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax.errors import UserError
+
+SMEAR_CHANNELS = 24  # of the embedding, read by the smear gate
+VE_GATE_CHANNELS = 12  # of the attention input, read by the value-embedding gate
+REFERENCE_DEPTH = 12  # hyperparameters were tuned at this depth, and at this batch:
+REFERENCE_BATCH_TOKENS = 2**19
+REFERENCE_WEIGHT_DECAY = 0.28
+BATCH_EXPONENT = 0.383  # the best batch grows as tokens**0.383 (Power Lines, arXiv:2505.13738)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer does differently from the others."""
+
+    window: int  # keys a query sees before its own position
+    has_value_embed: bool
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, in upstream's seven fields."""
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model: {name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head or self.head_dim % 2:
+            raise UserError(f"model: n_embd={self.n_embd} must divide into n_head={self.n_head} heads of even width")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"model: n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        if self.n_embd < SMEAR_CHANNELS:
+            raise UserError(f"model: n_embd={self.n_embd} must be at least {SMEAR_CHANNELS}, which the smear gate reads")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(f"model: window_pattern={self.window_pattern!r} may hold only S (short) and L (long)")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the vocabulary tables: a multiple of 64, which tiles well; logits are cropped back."""
+        return math.ceil(self.vocab_size / 64) * 64
+
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """Window and value embedding of each layer; the last layer always sees the whole sequence."""
+        short = math.ceil(self.sequence_len / 4 / 128) * 128
+        kinds = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer)]
+        kinds[-1] = "L"
+        return tuple(
+            LayerSpec(
+                window=min(short, self.sequence_len) if kind == "S" else self.sequence_len,
+                has_value_embed=i % 2 == (self.n_layer - 1) % 2,
+            )
+            for i, kind in enumerate(kinds)
+        )
+
+
+def from_depth(
+    depth: int,
+    *,
+    vocab_size: int = 32768,
+    sequence_len: int = 2048,
+    head_dim: int = 128,
+    window_pattern: str = "SSSL",
+) -> ModelConfig:
+    """The model of a given depth: 64 channels a layer, rounded up to whole heads."""
+    if depth < 1:
+        raise UserError(f"model: depth={depth} must be at least 1")
+    n_head = math.ceil(64 * depth / head_dim)
+    return ModelConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
+
+
+def param_counts(cfg: ModelConfig) -> dict[str, int]:
+    """Number of parameters by kind, the padding of the vocabulary tables included."""
+    kv_dim = cfg.n_kv_head * cfg.head_dim
+    value_layers = sum(spec.has_value_embed for spec in cfg.layer_specs())
+    table = cfg.padded_vocab_size * cfg.n_embd
+    attention = 2 * cfg.n_embd * cfg.n_embd + 2 * cfg.n_embd * kv_dim
+    counts = {
+        "wte": table,
+        "value_embeds": value_layers * cfg.padded_vocab_size * kv_dim,
+        "lm_head": table,
+        "transformer_matrices": cfg.n_layer * (attention + 8 * cfg.n_embd**2)
+        + value_layers * VE_GATE_CHANNELS * cfg.n_kv_head,
+        "scalars": 2 * cfg.n_layer + SMEAR_CHANNELS + 2,
+    }
+    return counts | {"total": sum(counts.values())}
+
+
+def flops_per_token(cfg: ModelConfig) -> int:
+    """Model FLOPs of forward and backward for one token, by upstream's formula (the one MFU is quoted with)."""
+    counts = param_counts(cfg)
+    matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_CHANNELS
+    return 6 * matmul_params + sum(12 * cfg.n_embd * spec.window for spec in cfg.layer_specs())
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long to train, and what follows from it."""
+
+    steps: int
+    batch_tokens: int
+    target_tokens: int  # what the ratio asks for; steps * batch_tokens is what is trained on
+    lr_scale: float
+    weight_decay: float  # of Muon, at the start of its schedule
+
+
+def horizon(
+    cfg: ModelConfig, *, ratio: float = 12.0, steps: int | None = None, batch_tokens: int | None = None
+) -> Horizon:
+    """Training length, batch, rate scale and weight decay of a model.
+
+    Args:
+        cfg: the architecture.
+        ratio: training tokens per scaling parameter (block matrices and lm_head).
+        steps: optimizer steps, in place of what the ratio gives.
+        batch_tokens: tokens per optimizer step, in place of the scaling law's.
+
+    Raises:
+        UserError: if a number is not positive, or fewer tokens are asked for than one batch holds.
+
+    Source: nanochat, scripts/base_train.py; weight decay from the T_epoch framework (arXiv:2405.13698).
+    """
+    for name, value in (("ratio", ratio), ("steps", steps), ("batch_tokens", batch_tokens)):
+        if value is not None and value <= 0:
+            raise UserError(f"horizon: {name}={value} must be positive")
+    reference = from_depth(REFERENCE_DEPTH, vocab_size=cfg.vocab_size, sequence_len=cfg.sequence_len)
+    target = int(ratio * _scaling_params(cfg))
+    reference_target = ratio * _scaling_params(reference)
+    if batch_tokens is None:
+        best = REFERENCE_BATCH_TOKENS * (target / reference_target) ** BATCH_EXPONENT
+        batch_tokens = 2 ** round(math.log2(best))
+    if steps is None:
+        steps = target // batch_tokens
+        if steps < 1:
+            raise UserError(
+                f"horizon: ratio={ratio} gives {target:,} tokens, less than one batch of {batch_tokens:,}; "
+                "raise the ratio, or give steps and batch-tokens"
+            )
+    scale = math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
+    return Horizon(steps, batch_tokens, target, scale, REFERENCE_WEIGHT_DECAY * scale * (reference_target / target))
+
+
+def _scaling_params(cfg: ModelConfig) -> int:
+    counts = param_counts(cfg)
+    return counts["transformer_matrices"] + counts["lm_head"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Rates at the reference batch and width, and the shape of the schedules (optim.py applies them)."""
+
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+    warmup_steps: int = 40
+    warmdown_fraction: float = 0.65  # of all steps, linear at the end
+    final_lr_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optim: {name}={getattr(self, name)} must not be negative")
+        for name in ("warmdown_fraction", "final_lr_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"optim: {name}={getattr(self, name)} must lie between 0 and 1")
+
+
+def to_json(config: Any) -> Any:
+    """A dataclass as plain JSON values, nested dataclasses and paths included."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: to_json(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {str(key): to_json(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_json(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_json[T](cls: type[T], values: Any, where: str = "config") -> T:
+    """Build a dataclass from what to_json gave; an unknown or missing key is an error that names it."""
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
+    if unknown := set(values) - set(fields):
+        raise UserError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(fields)}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{where}: key {missing[0]!r} is missing")
+    return cls(**{name: _from_json_value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _from_json_value(hint: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next((arg for arg in typing.get_args(hint) if arg is not type(None)), hint) if value is not None else None
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    return Path(value) if hint is Path else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    text = json.dumps(to_json(value), indent=2) + "\n"
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error

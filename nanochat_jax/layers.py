@@ -1,0 +1,94 @@
+"""The small pieces of the transformer, as plain functions of arrays."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+RMS_EPSILON = 1.1920929e-07  # float32's epsilon, in every dtype
+ROPE_BASE = 100_000.0
+LOGIT_CAP = 15.0
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How to compute, as opposed to what: the same parameters run under any of these."""
+
+    dtype: str = "float32"  # of activations; also of the token and value embeddings, and their moments
+    attention: str = "xla"  # a backend of attention.py
+
+
+def default_compute() -> Compute:
+    """The compute that suits the default device: bfloat16 and fused attention where the hardware has them."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return Compute()
+    if device.platform == "gpu":
+        ampere_or_newer = float(getattr(device, "compute_capability", "0")) >= 8.0
+        return Compute("bfloat16", "cudnn") if ampere_or_newer else Compute()
+    return Compute("bfloat16", "xla")
+
+
+def param(module: nn.Module, name: str, init, shape, axes, dtype="float32") -> jax.Array:
+    """Declare a parameter once: initialiser, shape, logical axis names (for sharding) and dtype."""
+    return module.param(name, nn.with_partitioning(init, axes), shape, jnp.dtype(dtype))
+
+
+def rms_norm(x: jax.Array) -> jax.Array:
+    """Scale the last axis to a root mean square of 1, without learned parameters; the arithmetic is float32."""
+    x_f32 = x.astype(jnp.float32)
+    return (x_f32 * jax.lax.rsqrt(jnp.mean(x_f32**2, -1, keepdims=True) + RMS_EPSILON)).astype(x.dtype)
+
+
+def linear(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x @ kernel in the dtype of x: master weights may be wider."""
+    return x @ kernel_IO.astype(x.dtype)
+
+
+def relu2(x: jax.Array) -> jax.Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+@jax.custom_vjp
+def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of a table; its gradient is summed in float32, because frequent tokens add up many small terms."""
+    return table_VD[tokens_BT]
+
+
+def _embed_forward(table_VD, tokens_BT):
+    return embed(table_VD, tokens_BT), (tokens_BT, jnp.empty((table_VD.shape[0], 0), table_VD.dtype))
+
+
+def _embed_backward(residuals, grad_BTD):
+    tokens_BT, like_V = residuals
+    grads_ND = grad_BTD.reshape(-1, grad_BTD.shape[-1]).astype(jnp.float32)
+    table_grad_VD = jax.ops.segment_sum(grads_ND, tokens_BT.reshape(-1), num_segments=like_V.shape[0])
+    return table_grad_VD.astype(like_V.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+def rotary(positions_BT: jax.Array, head_dim: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, (B, T, 1, head_dim/2), of the angles by which RoPE turns each position."""
+    frequencies = ROPE_BASE ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def apply_rotary(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the first half of each head against the second half by -theta (upstream's direction)."""
+    first, second = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+
+
+def smear(x_BTD: jax.Array, previous_BTD: jax.Array, gate_C1: jax.Array, scale: jax.Array) -> jax.Array:
+    """Mix a gated part of the previous token's embedding into each token's (a cheap bigram)."""
+    gate_BT1 = scale.astype(x_BTD.dtype) * jax.nn.sigmoid(linear(x_BTD[..., : gate_C1.shape[0]], gate_C1))
+    return x_BTD + gate_BT1 * previous_BTD
+
+
+def softcap(logits: jax.Array) -> jax.Array:
+    """Squash logits smoothly into ±15."""
+    return LOGIT_CAP * jnp.tanh(logits / LOGIT_CAP)

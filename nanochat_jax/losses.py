@@ -1,0 +1,53 @@
+"""Losses as pure functions of hidden states, the head and targets."""
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.layers import LOGIT_CAP, softcap
+
+
+def cross_entropy(x_BTD: jax.Array, lm_head_DV: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
+    """Cross-entropy of soft-capped logits, without ever keeping them in float32.
+
+    Args:
+        x_BTD: hidden states, in the compute dtype.
+        lm_head_DV: output head; columns from vocab_size on are padding and take no part.
+        targets_BT: int32 token ids; −1 where a position does not count.
+        vocab_size: number of real columns.
+
+    Returns:
+        (B, T) float32 nats; 0 where the target is −1.
+    """
+    loss_N = _cross_entropy(
+        x_BTD.reshape(-1, x_BTD.shape[-1]), lm_head_DV[:, :vocab_size].astype(x_BTD.dtype), targets_BT.reshape(-1)
+    )
+    return loss_N.reshape(targets_BT.shape)
+
+
+@jax.custom_vjp
+def _cross_entropy(x_ND, head_DV, targets_N):
+    return _cross_entropy_forward(x_ND, head_DV, targets_N)[0]
+
+
+def _cross_entropy_forward(x_ND, head_DV, targets_N):
+    logits_NV = x_ND @ head_DV
+    capped_NV = softcap(logits_NV.astype(jnp.float32))
+    lse_N = jax.nn.logsumexp(capped_NV, axis=-1)
+    target_N = jnp.take_along_axis(capped_NV, jnp.maximum(targets_N, 0)[:, None], axis=-1)[:, 0]
+    loss_N = jnp.where(targets_N >= 0, lse_N - target_N, 0.0)
+    return loss_N, (x_ND, head_DV, targets_N, logits_NV, lse_N)
+
+
+def _cross_entropy_backward(residuals, grad_N):
+    # The logits are kept in the compute dtype, the probabilities follow from them and the log-sum-exp: half the
+    # memory and one pass less than differentiating through a float32 log-softmax.
+    x_ND, head_DV, targets_N, logits_NV, lse_N = residuals
+    capped_NV = softcap(logits_NV.astype(jnp.float32))
+    is_target_NV = targets_N[:, None] == jnp.arange(head_DV.shape[1], dtype=targets_N.dtype)[None, :]
+    grad_N = jnp.where(targets_N >= 0, grad_N, 0.0)
+    grad_capped_NV = (jnp.exp(capped_NV - lse_N[:, None]) - is_target_NV) * grad_N[:, None]
+    grad_logits_NV = (grad_capped_NV * (1 - (capped_NV / LOGIT_CAP) ** 2)).astype(x_ND.dtype)
+    return grad_logits_NV @ head_DV.T, x_ND.T @ grad_logits_NV, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -1,0 +1,198 @@
+"""nanochat's transformer in Flax Linen, behind four plain functions: init_params, trunk, unembed, forward.
+
+Parameters are a nested dict of arrays; no other file sees a Module. Matrices are (in, out); torch's are (out, in).
+"""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from nanochat_jax import attention, layers
+from nanochat_jax.cache import KVCache
+from nanochat_jax.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, LayerSpec, ModelConfig
+from nanochat_jax.layers import Compute, linear, param, rms_norm
+
+QK_SCALE = 1.2  # of normed queries and keys: sharper attention than unit vectors allow
+
+Params = dict[str, Any]
+
+
+def _normal(std: float):
+    return nn.initializers.normal(std)
+
+
+def _uniform(limit: float):
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def _positive(limit: float):
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, 0.0, limit)
+
+
+def _linspace(start: float, stop: float):
+    return lambda key, shape, dtype: jnp.linspace(start, stop, shape[0], dtype=dtype)
+
+
+class Attention(nn.Module):
+    cfg: ModelConfig
+    spec: LayerSpec
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, h_BTD, tokens_BT, rotation, mix):
+        cfg, B, T = self.cfg, *h_BTD.shape[:2]
+        q_dim, kv_dim = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
+        uniform = _uniform((3 / cfg.n_embd) ** 0.5)
+        q_BTNH = linear(h_BTD, param(self, "q", uniform, (cfg.n_embd, q_dim), ("embed", "heads")))
+        k_BTKH = linear(h_BTD, param(self, "k", uniform, (cfg.n_embd, kv_dim), ("embed", "kv_heads")))
+        v_BTKH = linear(h_BTD, param(self, "v", uniform, (cfg.n_embd, kv_dim), ("embed", "kv_heads")))
+        q_BTNH = q_BTNH.reshape(B, T, cfg.n_head, cfg.head_dim)
+        k_BTKH, v_BTKH = (x.reshape(B, T, cfg.n_kv_head, cfg.head_dim) for x in (k_BTKH, v_BTKH))
+        if self.spec.has_value_embed:
+            shape = (cfg.padded_vocab_size, kv_dim)
+            table = param(self, "value_embed", uniform, shape, ("vocab", "kv_heads"), self.compute.dtype)
+            gate = param(self, "ve_gate", _positive(0.02), (VE_GATE_CHANNELS, cfg.n_kv_head), (None, "kv_heads"))
+            gate_BTK1 = 3 * jax.nn.sigmoid(linear(h_BTD[..., :VE_GATE_CHANNELS], gate))[..., None]
+            v_BTKH += gate_BTK1 * layers.embed(table, tokens_BT).astype(v_BTKH.dtype).reshape(v_BTKH.shape)
+        q_BTNH, k_BTKH = (rms_norm(layers.apply_rotary(x, *rotation)) * QK_SCALE for x in (q_BTNH, k_BTKH))
+        mixed_BTD = mix(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, q_dim)
+        return linear(mixed_BTD, param(self, "proj", nn.initializers.zeros, (q_dim, cfg.n_embd), ("heads", "embed")))
+
+
+class MLP(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, h_BTD):
+        D = self.cfg.n_embd
+        limit = 0.4 * (3 / D) ** 0.5
+        h_BTF = layers.relu2(linear(h_BTD, param(self, "fc", _uniform(limit), (D, 4 * D), ("embed", "mlp"))))
+        return linear(h_BTF, param(self, "proj", nn.initializers.zeros, (4 * D, D), ("mlp", "embed")))
+
+
+class Block(nn.Module):
+    cfg: ModelConfig
+    spec: LayerSpec
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x_BTD, tokens_BT, rotation, mix):
+        attn = Attention(self.cfg, self.spec, self.compute, name="attn")
+        x_BTD += attn(rms_norm(x_BTD), tokens_BT, rotation, mix)
+        return x_BTD + MLP(self.cfg, name="mlp")(rms_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    cfg: ModelConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, tokens_BT, segment_ids_BT, cache: KVCache | None, counts_B):
+        cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
+        wte = param(self, "wte", _normal(0.8), (cfg.padded_vocab_size, cfg.n_embd), ("vocab", "embed"), dtype)
+        resid_lambdas = param(self, "resid_lambdas", _linspace(1.15, 1.05), (cfg.n_layer,), (None,))
+        x0_lambdas = param(self, "x0_lambdas", _linspace(0.20, 0.05), (cfg.n_layer,), (None,))
+        smear_gate = param(self, "smear_gate", _positive(0.02), (SMEAR_CHANNELS, 1), (None, None))
+        smear_lambda = param(self, "smear_lambda", nn.initializers.zeros, (1,), (None,))
+        backout_lambda = param(self, "backout_lambda", nn.initializers.constant(0.2), (1,), (None,))
+
+        x_BTD = rms_norm(layers.embed(wte, tokens_BT).astype(dtype))
+        embed_BTD, first_BD = x_BTD, jnp.zeros_like(x_BTD[:, 0]) if cache is None else cache.last_embed_BD
+        previous_BTD = jnp.concatenate([first_BD[:, None], x_BTD[:, :-1]], axis=1)
+        if segment_ids_BT is not None:
+            same_BT = segment_ids_BT == jnp.pad(segment_ids_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+            previous_BTD *= same_BT[..., None].astype(dtype)
+        x_BTD = layers.smear(x_BTD, previous_BTD, smear_gate, smear_lambda[0])
+
+        positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
+        if cache is not None:
+            positions_BT = positions_BT + cache.lengths_B[:, None]
+        rotation = layers.rotary(positions_BT, cfg.head_dim, dtype)
+
+        x0_BTD, new_keys, new_values = x_BTD, [], []
+        for i, spec in enumerate(cfg.layer_specs()):
+
+            def mix(q_BTNH, k_BTKH, v_BTKH, i=i, spec=spec):
+                if cache is None:
+                    return attention.attend(
+                        q_BTNH, k_BTKH, v_BTKH,
+                        window=spec.window, segment_ids_BT=segment_ids_BT, backend=self.compute.attention,
+                    )  # fmt: skip
+                mixed, keys, values = attention.attend_cached(
+                    q_BTNH, k_BTKH, v_BTKH, cache, i, counts_B, window=spec.window
+                )
+                new_keys.append(keys)
+                new_values.append(values)
+                return mixed
+
+            x_BTD = (resid_lambdas[i] * x_BTD + x0_lambdas[i] * x0_BTD).astype(dtype)
+            x_BTD = Block(cfg, spec, self.compute, name=f"block_{i}")(x_BTD, tokens_BT, rotation, mix)
+            if i == cfg.n_layer // 2:
+                midway_BTD = x_BTD
+        x_BTD = rms_norm(x_BTD - backout_lambda[0].astype(dtype) * midway_BTD)
+        # Not used here: declared beside the rest, applied by unembed, so that losses can fuse it.
+        param(self, "lm_head", _normal(0.001), (cfg.n_embd, cfg.padded_vocab_size), ("embed", "vocab"))
+        if cache is None:
+            return x_BTD, None
+        last_BD = jnp.take_along_axis(embed_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)[:, 0]
+        last_BD = jnp.where((counts_B > 0)[:, None], last_BD, cache.last_embed_BD)
+        return x_BTD, KVCache(tuple(new_keys), tuple(new_values), cache.lengths_B + counts_B, last_BD)
+
+
+def _boxed_params(key: jax.Array, cfg: ModelConfig, compute: Compute):
+    return Transformer(cfg, compute).init(key, jnp.zeros((1, 1), jnp.int32), None, None, None)["params"]
+
+
+def init_params(key: jax.Array, cfg: ModelConfig, compute: Compute | None = None) -> Params:
+    """Fresh parameters: float32, but the token and value embeddings in the compute dtype."""
+    return nn.unbox(_boxed_params(key, cfg, compute or layers.default_compute()))
+
+
+@cache
+def logical_axes(cfg: ModelConfig) -> Params:
+    """The name of every axis of every parameter, in a tree like the parameters' (leaves are PartitionSpecs)."""
+    boxed = jax.eval_shape(lambda: _boxed_params(jax.random.key(0), cfg, Compute()))
+    return nn.get_partition_spec(boxed)
+
+
+def trunk(
+    params: Params,
+    cfg: ModelConfig,
+    tokens_BT: jax.Array,
+    *,
+    segment_ids_BT: jax.Array | None = None,
+    cache: KVCache | None = None,
+    counts_B: jax.Array | None = None,
+    compute: Compute | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """The transformer up to its last norm.
+
+    Args:
+        params: as init_params gives.
+        cfg: the architecture.
+        tokens_BT: int32 token ids.
+        segment_ids_BT: int32; neither attention nor smear crosses from one segment to another (not with a cache).
+        cache: what has been seen before these tokens.
+        counts_B: with a cache, how many of the T tokens of each row are real; the rest is padding behind them.
+        compute: dtype and attention backend; default: what suits the device.
+
+    Returns:
+        x_BTD in the compute dtype, and the extended cache (None without one).
+    """
+    if cache is not None and counts_B is None:
+        counts_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1], jnp.int32)
+    module = Transformer(cfg, compute or layers.default_compute())
+    return module.apply({"params": params}, tokens_BT, segment_ids_BT, cache, counts_B)
+
+
+def unembed(params: Params, cfg: ModelConfig, x_BTD: jax.Array) -> jax.Array:
+    """Soft-capped float32 logits over the vocabulary (padding cropped)."""
+    return layers.softcap(linear(x_BTD, params["lm_head"])[..., : cfg.vocab_size].astype(jnp.float32))
+
+
+def forward(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, **options: Any) -> jax.Array:
+    """Logits of every position, (B, T, vocab_size) float32: trunk, then unembed."""
+    return unembed(params, cfg, trunk(params, cfg, tokens_BT, **options)[0])

@@ -1,0 +1,115 @@
+"""Muon as one optax transformation: momentum, row equilibration, Polar Express, NorMuon, cautious decay.
+
+Kernels here are (in, out), so that a "row" of the papers and of torch, which belongs to one output, is a column.
+Matrices of one shape are orthogonalised together as a stack; all state keeps its per-parameter shape.
+
+Sources: Muon (kellerjordan.github.io/posts/muon), Polar Express (arXiv:2505.16932), NorMuon (arXiv:2510.05491),
+cautious weight decay (arXiv:2510.12402); composed as in nanochat/optim.py.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+NORMUON_BETA2 = 0.9
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+class MuonState(NamedTuple):
+    count: jax.Array  # int32, updates made
+    momentum: Any  # like the parameters
+    second_moment: Any  # of each parameter, one number per output (wide kernels) or per input
+
+
+def orthogonalize(x_SIO: jax.Array) -> jax.Array:
+    """Bring all singular values of each matrix of a stack near one size, by five Polar Express iterations.
+
+    Args:
+        x_SIO: S matrices, in the dtype to compute in.
+
+    Returns:
+        The same shape and dtype, each matrix of Frobenius norm sqrt(min(I, O)).
+    """
+    rows, cols = x_SIO.shape[-2:]
+    row_norm = jnp.linalg.norm(x_SIO.astype(jnp.float32), axis=-2, keepdims=True)
+    target_norm = _frobenius(x_SIO) / cols**0.5
+    x_SIO = (x_SIO * (target_norm / jnp.maximum(row_norm, 1e-6)).astype(x_SIO.dtype))
+    x_SIO = (x_SIO / (_frobenius(x_SIO) * 1.01 + 1e-6)).astype(x_SIO.dtype)
+    for a, b, c in POLAR_EXPRESS:
+        if cols <= rows:
+            gram = x_SIO.mT @ x_SIO
+            x_SIO = a * x_SIO + x_SIO @ (b * gram + c * (gram @ gram))
+        else:
+            gram = x_SIO @ x_SIO.mT
+            x_SIO = a * x_SIO + (b * gram + c * (gram @ gram)) @ x_SIO
+    return (x_SIO * (min(rows, cols) ** 0.5 / jnp.maximum(_frobenius(x_SIO), 1e-6))).astype(x_SIO.dtype)
+
+
+def _frobenius(x_SIO: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(x_SIO.astype(jnp.float32), axis=(-2, -1), keepdims=True)
+
+
+def _normuon_axis(shape: tuple[int, ...]) -> int:
+    """The axis whose mean square is tracked: the longer side keeps a number per entry."""
+    return -2 if shape[-1] >= shape[-2] else -1
+
+
+def _normalize(g_SIO: jax.Array, second_moment: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """NorMuon: even out the mean squares of a stack's rows or columns, keeping each matrix's norm."""
+    g_SIO = g_SIO.astype(jnp.float32)
+    axis = _normuon_axis(g_SIO.shape)
+    mean_square = jnp.mean(g_SIO**2, axis=axis, keepdims=True)
+    second_moment = second_moment + (1 - NORMUON_BETA2) * (mean_square - second_moment)
+    scaled = g_SIO * jax.lax.rsqrt(jnp.maximum(second_moment, 1e-10))
+    return scaled * (_frobenius(g_SIO) / jnp.maximum(_frobenius(scaled), 1e-10)), second_moment
+
+
+def muon(learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule, dtype: str) -> optax.GradientTransformation:
+    """The update for matrices; schedules map the update count to a number, dtype is that of the iterations."""
+
+    def init(params):
+        def second_moment(param):
+            shape = list(param.shape)
+            shape[_normuon_axis(param.shape)] = 1
+            return jnp.zeros(shape, jnp.float32)
+
+        return MuonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), jax.tree.map(second_moment, params))
+
+    def update(grads, state, params):
+        lr, mu, decay = learning_rate(state.count), momentum(state.count), weight_decay(state.count)
+        buffers = jax.tree.map(lambda m, g: m + (1 - mu) * (g - m), state.momentum, grads)
+        nesterov = jax.tree.map(lambda g, m: (g + mu * (m - g)).astype(dtype), grads, buffers)
+
+        leaves, treedef = jax.tree.flatten(nesterov)
+        old_moments = treedef.flatten_up_to(state.second_moment)
+        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, leaf in enumerate(leaves):
+            by_shape[leaf.shape].append(index)
+        directions, moments = list(leaves), list(old_moments)
+        for indices in by_shape.values():
+            stack = orthogonalize(jnp.stack([leaves[i] for i in indices]))
+            stack, moment = _normalize(stack, jnp.stack([old_moments[i] for i in indices]))
+            for position, i in enumerate(indices):
+                directions[i], moments[i] = stack[position], moment[position]
+
+        def delta(direction, param):
+            shape_lr = lr * max(1.0, param.shape[-1] / param.shape[-2]) ** 0.5
+            agrees = (direction * param >= 0).astype(param.dtype)  # decay only where the step shrinks the weight too
+            return -shape_lr * (direction + decay * param * agrees)
+
+        updates = jax.tree.map(delta, treedef.unflatten(directions), params)
+        return updates, MuonState(state.count + 1, buffers, treedef.unflatten(moments))
+
+    return optax.GradientTransformation(init, update)
