@@ -11,6 +11,7 @@ from nanochat_jax.cache import KVCache, slot_positions, write
 
 QUERY_CHUNK = 256  # queries a block of the chunked backend: small enough to skip most of what is masked
 
+
 def attend(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,

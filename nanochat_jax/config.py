@@ -53,7 +53,9 @@ class ModelConfig:
         if self.n_head % self.n_kv_head:
             raise UserError(f"model: n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
         if self.n_embd < SMEAR_CHANNELS:
-            raise UserError(f"model: n_embd={self.n_embd} must be at least {SMEAR_CHANNELS}, which the smear gate reads")
+            raise UserError(
+                f"model: n_embd={self.n_embd} must be at least {SMEAR_CHANNELS}, which the smear gate reads"
+            )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"model: window_pattern={self.window_pattern!r} may hold only S (short) and L (long)")
 
@@ -221,7 +223,9 @@ def from_json[T](cls: type[T], values: Any, where: str = "config") -> T:
 
 def _from_json_value(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next((arg for arg in typing.get_args(hint) if arg is not type(None)), hint) if value is not None else None
+        hint = (
+            next((arg for arg in typing.get_args(hint) if arg is not type(None)), hint) if value is not None else None
+        )
     if dataclasses.is_dataclass(hint):
         return from_json(typing.cast(type, hint), value, where)
     if typing.get_origin(hint) is tuple:

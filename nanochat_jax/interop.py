@@ -1,14 +1,30 @@
-"""Bridges to other programs' parameters."""
+"""Bridges to other programs' parameters: nanochat's checkpoints, and GPT-2 as Hugging Face stores it.
 
+Nothing that is read here runs code: torch files are opened with weights_only, pickled tokenizers by bpe.py's restricted
+reader, all else is JSON and safetensors.
+"""
+
+import contextlib
+import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import model
-from nanochat_jax.config import ModelConfig
+from nanochat_jax import bpe, model
+from nanochat_jax.config import ModelConfig, from_json, write_json
 from nanochat_jax.errors import UserError
+from nanochat_jax.gpt2 import LAYER_NORM_EPSILON, GPT2Config
+from nanochat_jax.layers import Compute
+from nanochat_jax.tokenizer import Tokenizer
+
+Arrays = Mapping[str, np.ndarray]
 
 # Ours, as a dotted path → nanochat's, as torch names it. Matrices are transposed, tables and vectors are not.
 _TO_UPSTREAM = (
@@ -24,39 +40,313 @@ _TO_UPSTREAM = (
 )
 _UNTRANSPOSED = re.compile(r"wte|value_embed|_lambda")
 
+# Ours → transformers', whose one matrix for q, k and v is split first. All is (in, out) there too.
+_TO_GPT2 = (
+    (r"(w[tp]e)", r"\1.weight"),
+    (r"ln_f\.scale", "ln_f.weight"),
+    (r"ln_f\.bias", "ln_f.bias"),
+    (r"block_(\d+)\.(ln_[12])\.scale", r"h.\1.\2.weight"),
+    (r"block_(\d+)\.(ln_[12])\.bias", r"h.\1.\2.bias"),
+    (r"block_(\d+)\.([qkv])\.kernel", r"h.\1.attn.\2.weight"),
+    (r"block_(\d+)\.([qkv])\.bias", r"h.\1.attn.\2.bias"),
+    (r"block_(\d+)\.proj\.kernel", r"h.\1.attn.c_proj.weight"),
+    (r"block_(\d+)\.proj\.bias", r"h.\1.attn.c_proj.bias"),
+    (r"block_(\d+)\.fc\.kernel", r"h.\1.mlp.c_fc.weight"),
+    (r"block_(\d+)\.fc\.bias", r"h.\1.mlp.c_fc.bias"),
+    (r"block_(\d+)\.fc_proj\.kernel", r"h.\1.mlp.c_proj.weight"),
+    (r"block_(\d+)\.fc_proj\.bias", r"h.\1.mlp.c_proj.bias"),
+)
 
-def upstream_name(path: str) -> str:
-    """nanochat's name for the parameter at a dotted path of our tree."""
-    for pattern, replacement in _TO_UPSTREAM:
+
+@dataclass(frozen=True)
+class Foreign:
+    """A model from elsewhere, in our terms."""
+
+    params: model.Params
+    cfg: model.Architecture
+    tokenizer: Tokenizer
+    step: int  # of its training, as far as known
+
+
+def _translate(path: str, table: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in table:
         if match := re.fullmatch(pattern, path):
             return match.expand(replacement)
     raise KeyError(path)
 
 
-def params_from_upstream(arrays: Mapping[str, np.ndarray], cfg: ModelConfig) -> model.Params:
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(key.key for key in path)
+
+
+def _fill(
+    cfg: model.Architecture,
+    arrays: Arrays,
+    table: tuple[tuple[str, str], ...],
+    adapt: Callable[[str, np.ndarray], np.ndarray],
+    source: str,
+) -> model.Params:
+    """A parameter tree of an architecture from arrays by foreign name, each accounted for."""
+    expected = jax.eval_shape(lambda: model.init_params(jax.random.key(0), cfg, Compute()))
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    names = {_dotted(path): _translate(_dotted(path), table) for path, _ in leaves}
+    missing, unknown = sorted(set(names.values()) - arrays.keys()), sorted(arrays.keys() - set(names.values()))
+    if missing:
+        raise UserError(f"{source}: missing {_some(missing)}; is it of another, or an older, architecture?")
+    if unknown:
+        raise UserError(f"{source}: {_some(unknown)} not known to this architecture; does the config fit?")
+
+    def take(path, like):
+        dotted = _dotted(path)
+        array = adapt(dotted, arrays[names[dotted]])
+        if array.shape != like.shape:
+            raise UserError(f"{source}: {names[dotted]!r} gives {array.shape}, the config asks for {like.shape}")
+        return array
+
+    return jax.tree_util.tree_map_with_path(take, expected)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    return f"tensors {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+# nanochat
+
+
+def params_from_upstream(arrays: Arrays, cfg: ModelConfig, source: str = "nanochat checkpoint") -> model.Params:
     """Our parameters from nanochat's, in the dtypes that the arrays have.
 
     Args:
         arrays: by torch name, matrices (out, in).
         cfg: the architecture that they belong to.
+        source: what messages call it.
 
     Raises:
         UserError: a tensor is missing, is one too many, or has another shape than the architecture says.
     """
-    expected = jax.eval_shape(lambda: model.init_params(jax.random.key(0), cfg))
-    left = dict(arrays)
 
-    def take(path, like):
-        dotted = ".".join(key.key for key in path)
-        name = upstream_name(dotted)
-        if name not in left:
-            raise UserError(f"nanochat checkpoint: tensor {name!r} is missing; is it of another architecture?")
-        array = left.pop(name) if _UNTRANSPOSED.search(dotted) else left.pop(name).T
-        if array.shape != like.shape:
-            raise UserError(f"nanochat checkpoint: {name!r} gives {array.shape}, the config asks for {like.shape}")
-        return array
+    def adapt(path: str, array: np.ndarray) -> np.ndarray:
+        return array if _UNTRANSPOSED.search(path) else array.T
 
-    params = jax.tree_util.tree_map_with_path(take, expected)
-    if left:
-        raise UserError(f"nanochat checkpoint: unknown tensor {sorted(left)[0]!r} ({len(left)} in all)")
-    return params
+    return _fill(cfg, arrays, _TO_UPSTREAM, adapt, source)
+
+
+def params_to_upstream(params: model.Params) -> dict[str, np.ndarray]:
+    """nanochat's names and layout for our parameters, in their dtypes."""
+    arrays = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dotted, array = _dotted(path), np.asarray(leaf)
+        arrays[_translate(dotted, _TO_UPSTREAM)] = array if _UNTRANSPOSED.search(dotted) else array.T
+    return arrays
+
+
+def read_upstream(folder: Path, *, step: int | None = None, tokenizer: Path | None = None) -> Foreign:
+    """Open a checkpoint folder of nanochat: model_*.pt, meta_*.json, tokenizer.pkl. Needs torch.
+
+    Args:
+        folder: where they lie.
+        step: which checkpoint; default: the newest.
+        tokenizer: the pickled tokenizer; default: in the folder, or where nanochat keeps it beside its checkpoints.
+
+    Raises:
+        UserError: a file is missing, damaged, or not of this architecture.
+    """
+    steps = [int(m[1]) for path in folder.glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)\.pt", path.name))]
+    if not steps:
+        raise UserError(f"{folder} holds no model_<step>.pt of nanochat")
+    step = max(steps) if step is None else step
+    model_path, meta_path = folder / f"model_{step:06d}.pt", folder / f"meta_{step:06d}.json"
+    cfg = from_json(ModelConfig, _read_json(meta_path, "model_config"), str(meta_path))
+    params = params_from_upstream(_read_torch(model_path), cfg, str(model_path))
+    places = [folder / "tokenizer.pkl", folder.parent.parent / "tokenizer" / "tokenizer.pkl"]
+    found = tokenizer or next((path for path in places if path.exists()), places[0])
+    tok = bpe.from_pickle(found)
+    if tok.vocab_size != cfg.vocab_size:
+        raise UserError(f"{found} has {tok.vocab_size:,} tokens, {meta_path} says vocab_size={cfg.vocab_size:,}")
+    return Foreign(params, cfg, tok, step)
+
+
+def write_upstream(folder: Path, params: model.Params, cfg: ModelConfig, tok: Tokenizer, step: int) -> None:
+    """Write a checkpoint that nanochat loads. Needs torch.
+
+    A tokenizer that did not come from nanochat has no form there: it is written as tokenizer.model, in ours.
+    """
+    torch = _import_torch()
+
+    def tensor(array: np.ndarray) -> Any:
+        array = np.array(array, order="C")  # a copy: torch wants memory that it may write to
+        if array.dtype == jnp.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    tensors = {name: tensor(array) for name, array in params_to_upstream(params).items()}
+    with _atomic(folder / f"model_{step:06d}.pt") as temporary:
+        torch.save(tensors, temporary)
+    if isinstance(tok, bpe.TiktokenTokenizer):
+        with _atomic(folder / "tokenizer.pkl") as temporary:
+            temporary.write_bytes(tok.to_pickle())
+    else:
+        tok.save(folder / "tokenizer.model")
+    write_json(folder / f"meta_{step:06d}.json", {"step": step, "model_config": cfg})
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("nanochat's checkpoints are torch files: `pip install torch` to convert them") from error
+    return torch
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    torch = _import_torch()
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # zip, pickle, runtime, value errors: torch promises none in particular
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or holds more than tensors, and was not loaded: {reason}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+        raise UserError(f"{path} is not a state dict (a dict of tensors by name)")
+
+    def array(tensor: Any) -> np.ndarray:
+        if tensor.dtype == torch.bfloat16:  # unknown to torch's numpy bridge
+            return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
+
+    return {str(name).removeprefix("_orig_mod."): array(x) for name, x in tensors.items()}  # prefix: torch.compile
+
+
+# GPT-2
+
+
+def params_from_gpt2(arrays: Arrays, cfg: GPT2Config, source: str = "GPT-2 checkpoint") -> model.Params:
+    """Our parameters, float32, from those of transformers' GPT2LMHeadModel.
+
+    Args:
+        arrays: by name, with or without the prefix "transformer.".
+        cfg: the architecture. Tokens that its vocabulary has in addition get the mean of all embeddings, which
+            makes them improbable but not impossible.
+        source: what messages call it.
+
+    Raises:
+        UserError: a tensor is missing, is one too many, or has another shape than the architecture says.
+    """
+    split: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        name = name.removeprefix("transformer.")
+        if match := re.fullmatch(r"(h\.\d+\.attn)\.c_attn\.(weight|bias)", name):
+            for part, third in zip("qkv", np.array_split(array, 3, axis=-1), strict=True):
+                split[f"{match[1]}.{part}.{match[2]}"] = third
+        elif not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # causal masks of old files
+            split[name] = array
+    untied = split.pop("lm_head.weight", None)
+    if untied is not None and not np.array_equal(untied, split.get("wte.weight", untied)):
+        raise UserError(f"{source}: lm_head.weight differs from wte.weight; GPT-2 ties them")
+
+    def adapt(path: str, array: np.ndarray) -> np.ndarray:
+        array = np.asarray(array, np.float32)
+        if path != "wte" or array.ndim != 2 or len(array) > cfg.vocab_size:
+            return array
+        added = np.tile(array.mean(axis=0, keepdims=True), (cfg.vocab_size - len(array), 1))
+        padding = np.zeros((cfg.padded_vocab_size - cfg.vocab_size, array.shape[1]), np.float32)
+        return np.concatenate([array, added, padding])
+
+    return _fill(cfg, split, _TO_GPT2, adapt, source)
+
+
+def read_gpt2(source: str) -> Foreign:
+    """Open GPT-2 weights in safetensors, with their config.json, vocab.json and merges.txt.
+
+    Args:
+        source: a local folder, or a model's name on the Hugging Face hub ("gpt2-xl"), which is downloaded.
+
+    Raises:
+        UserError: no such folder and no network, or a file is missing, damaged, or not GPT-2's.
+    """
+    folder = Path(source) if Path(source).is_dir() else _download(source)
+    tok = bpe.from_gpt2_files(folder / "vocab.json", folder / "merges.txt")
+    cfg = _gpt2_config(folder / "config.json")
+    if cfg.vocab_size > tok.vocab_size:
+        raise UserError(
+            f"{folder}: config.json says vocab_size={cfg.vocab_size:,}, vocab.json has fewer tokens: "
+            f"{tok.vocab_size:,}, control tokens included"
+        )
+    cfg = replace(cfg, vocab_size=tok.vocab_size)
+    path = folder / "model.safetensors"
+    return Foreign(params_from_gpt2(read_safetensors(path), cfg, str(path)), cfg, tok, 0)
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file; UserError if it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}; download it again") from error
+
+
+def _gpt2_config(path: Path) -> GPT2Config:
+    values = _read_json(path)
+    fixed = {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": LAYER_NORM_EPSILON,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+    for key, value in fixed.items():
+        if values.get(key, value) != value:
+            raise UserError(f"{path}: {key}={values[key]!r}, but GPT-2 has {value!r}")
+    try:
+        sizes = (values[key] for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd"))
+        return GPT2Config(*sizes)
+    except KeyError as error:
+        raise UserError(f"{path}: key {error} is missing; is it GPT-2's?") from error
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+
+    files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the hub's client passes on whatever its transport raises
+        raise UserError(
+            f"{name!r} is no local folder and could not be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}). Check the name and the network, or give a folder with {', '.join(files)}"
+        ) from error
+
+
+# Files
+
+
+def _read_json(path: Path, key: str | None = None) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+        return values if key is None else values[key]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: " + (f"no {key!r} in it" if key else "not JSON")) from error
+
+
+@contextlib.contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` once it is whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error

@@ -1,52 +1,62 @@
 """Losses as pure functions of hidden states, the head and targets."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.layers import LOGIT_CAP, softcap
+
+def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
+    """Squash logits smoothly into ±cap; None leaves them alone."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def cross_entropy(x_BTD: jax.Array, lm_head_DV: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
+def cross_entropy(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, vocab_size: int, cap: float | None
+) -> jax.Array:
     """Cross-entropy of soft-capped logits, without ever keeping them in float32.
 
     Args:
         x_BTD: hidden states, in the compute dtype.
-        lm_head_DV: output head; columns from vocab_size on are padding and take no part.
+        head_DV: output kernel; columns from vocab_size on are padding and take no part.
         targets_BT: int32 token ids; −1 where a position does not count.
         vocab_size: number of real columns.
+        cap: of the logits, or None; model.head gives it with the kernel.
 
     Returns:
         (B, T) float32 nats; 0 where the target is −1.
     """
     loss_N = _cross_entropy(
-        x_BTD.reshape(-1, x_BTD.shape[-1]), lm_head_DV[:, :vocab_size].astype(x_BTD.dtype), targets_BT.reshape(-1)
+        cap, x_BTD.reshape(-1, x_BTD.shape[-1]), head_DV[:, :vocab_size].astype(x_BTD.dtype), targets_BT.reshape(-1)
     )
     return loss_N.reshape(targets_BT.shape)
 
 
-@jax.custom_vjp
-def _cross_entropy(x_ND, head_DV, targets_N):
-    return _cross_entropy_forward(x_ND, head_DV, targets_N)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(cap, x_ND, head_DV, targets_N):
+    return _cross_entropy_forward(cap, x_ND, head_DV, targets_N)[0]
 
 
-def _cross_entropy_forward(x_ND, head_DV, targets_N):
+def _cross_entropy_forward(cap, x_ND, head_DV, targets_N):
     logits_NV = x_ND @ head_DV
-    capped_NV = softcap(logits_NV.astype(jnp.float32))
+    capped_NV = softcap(logits_NV.astype(jnp.float32), cap)
     lse_N = jax.nn.logsumexp(capped_NV, axis=-1)
     target_N = jnp.take_along_axis(capped_NV, jnp.maximum(targets_N, 0)[:, None], axis=-1)[:, 0]
     loss_N = jnp.where(targets_N >= 0, lse_N - target_N, 0.0)
     return loss_N, (x_ND, head_DV, targets_N, logits_NV, lse_N)
 
 
-def _cross_entropy_backward(residuals, grad_N):
+def _cross_entropy_backward(cap, residuals, grad_N):
     # The logits are kept in the compute dtype, the probabilities follow from them and the log-sum-exp: half the
     # memory and one pass less than differentiating through a float32 log-softmax.
     x_ND, head_DV, targets_N, logits_NV, lse_N = residuals
-    capped_NV = softcap(logits_NV.astype(jnp.float32))
+    capped_NV = softcap(logits_NV.astype(jnp.float32), cap)
     is_target_NV = targets_N[:, None] == jnp.arange(head_DV.shape[1], dtype=targets_N.dtype)[None, :]
     grad_N = jnp.where(targets_N >= 0, grad_N, 0.0)
-    grad_capped_NV = (jnp.exp(capped_NV - lse_N[:, None]) - is_target_NV) * grad_N[:, None]
-    grad_logits_NV = (grad_capped_NV * (1 - (capped_NV / LOGIT_CAP) ** 2)).astype(x_ND.dtype)
+    grad_logits_NV = (jnp.exp(capped_NV - lse_N[:, None]) - is_target_NV) * grad_N[:, None]
+    if cap is not None:
+        grad_logits_NV *= 1 - (capped_NV / cap) ** 2
+    grad_logits_NV = grad_logits_NV.astype(x_ND.dtype)
     return grad_logits_NV @ head_DV.T, x_ND.T @ grad_logits_NV, None
 
 

@@ -1,6 +1,7 @@
-"""nanochat's transformer in Flax Linen, behind four plain functions: init_params, trunk, unembed, forward.
+"""nanochat's transformer in Flax Linen, behind plain functions: init_params, trunk, head, unembed, forward.
 
-Parameters are a nested dict of arrays; no other file sees a Module. Matrices are (in, out); torch's are (out, in).
+The same functions serve GPT-2 (gpt2.py): the type of the config decides. Parameters are a nested dict of arrays;
+other files see no Module. Matrices are (in, out); torch's are (out, in).
 """
 
 from functools import cache
@@ -12,12 +13,15 @@ from flax import linen as nn
 
 from nanochat_jax import attention, layers
 from nanochat_jax.cache import KVCache
-from nanochat_jax.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, LayerSpec, ModelConfig
-from nanochat_jax.layers import Compute, linear, param, rms_norm
+from nanochat_jax.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, LayerSpec, ModelConfig, from_json
+from nanochat_jax.gpt2 import GPT2, GPT2Config
+from nanochat_jax.layers import LOGIT_CAP, Compute, linear, param, rms_norm
+from nanochat_jax.losses import cross_entropy, softcap
 
 QK_SCALE = 1.2  # of normed queries and keys: sharper attention than unit vectors allow
 
 Params = dict[str, Any]
+Architecture = ModelConfig | GPT2Config
 
 
 def _normal(std: float):
@@ -53,7 +57,7 @@ class Attention(nn.Module):
         k_BTKH, v_BTKH = (x.reshape(B, T, cfg.n_kv_head, cfg.head_dim) for x in (k_BTKH, v_BTKH))
         if self.spec.has_value_embed:
             shape = (cfg.padded_vocab_size, kv_dim)
-            table = param(self, "value_embed", uniform, shape, ("vocab", "kv_heads"), self.compute.dtype)
+            table = param(self, "value_embed", uniform, shape, ("value_vocab", "kv_heads"), self.compute.dtype)
             gate = param(self, "ve_gate", _positive(0.02), (VE_GATE_CHANNELS, cfg.n_kv_head), (None, "kv_heads"))
             gate_BTK1 = 3 * jax.nn.sigmoid(linear(h_BTD[..., :VE_GATE_CHANNELS], gate))[..., None]
             v_BTKH += gate_BTK1 * layers.embed(table, tokens_BT).astype(v_BTKH.dtype).reshape(v_BTKH.shape)
@@ -142,17 +146,27 @@ class Transformer(nn.Module):
         return x_BTD, KVCache(tuple(new_keys), tuple(new_values), cache.lengths_B + counts_B, last_BD)
 
 
-def _boxed_params(key: jax.Array, cfg: ModelConfig, compute: Compute):
-    return Transformer(cfg, compute).init(key, jnp.zeros((1, 1), jnp.int32), None, None, None)["params"]
+def _module(cfg: Architecture, compute: Compute | None) -> nn.Module:
+    compute = compute or layers.default_compute()
+    return GPT2(cfg, compute) if isinstance(cfg, GPT2Config) else Transformer(cfg, compute)
 
 
-def init_params(key: jax.Array, cfg: ModelConfig, compute: Compute | None = None) -> Params:
-    """Fresh parameters: float32, but the token and value embeddings in the compute dtype."""
-    return nn.unbox(_boxed_params(key, cfg, compute or layers.default_compute()))
+def config_from_json(values: dict[str, Any]) -> Architecture:
+    """The architecture that a stored config describes."""
+    return from_json(GPT2Config if "dropout" in values else ModelConfig, values, "model")
+
+
+def _boxed_params(key: jax.Array, cfg: Architecture, compute: Compute | None):
+    return _module(cfg, compute).init(key, jnp.zeros((1, 1), jnp.int32), None, None, None)["params"]
+
+
+def init_params(key: jax.Array, cfg: Architecture, compute: Compute | None = None) -> Params:
+    """Fresh parameters: float32, but nanochat's token and value embeddings in the compute dtype."""
+    return nn.unbox(jax.jit(_boxed_params, static_argnums=(1, 2))(key, cfg, compute))
 
 
 @cache
-def logical_axes(cfg: ModelConfig) -> Params:
+def logical_axes(cfg: Architecture) -> Params:
     """The name of every axis of every parameter, in a tree like the parameters' (leaves are PartitionSpecs)."""
     boxed = jax.eval_shape(lambda: _boxed_params(jax.random.key(0), cfg, Compute()))
     return nn.get_partition_spec(boxed)
@@ -160,13 +174,14 @@ def logical_axes(cfg: ModelConfig) -> Params:
 
 def trunk(
     params: Params,
-    cfg: ModelConfig,
+    cfg: Architecture,
     tokens_BT: jax.Array,
     *,
     segment_ids_BT: jax.Array | None = None,
     cache: KVCache | None = None,
     counts_B: jax.Array | None = None,
     compute: Compute | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """The transformer up to its last norm.
 
@@ -178,21 +193,38 @@ def trunk(
         cache: what has been seen before these tokens.
         counts_B: with a cache, how many of the T tokens of each row are real; the rest is padding behind them.
         compute: dtype and attention backend; default: what suits the device.
+        dropout_key: turns dropout on, in architectures that have it.
 
     Returns:
         x_BTD in the compute dtype, and the extended cache (None without one).
     """
     if cache is not None and counts_B is None:
         counts_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1], jnp.int32)
-    module = Transformer(cfg, compute or layers.default_compute())
-    return module.apply({"params": params}, tokens_BT, segment_ids_BT, cache, counts_B)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return _module(cfg, compute).apply({"params": params}, tokens_BT, segment_ids_BT, cache, counts_B, rngs=rngs)
 
 
-def unembed(params: Params, cfg: ModelConfig, x_BTD: jax.Array) -> jax.Array:
-    """Soft-capped float32 logits over the vocabulary (padding cropped)."""
-    return layers.softcap(linear(x_BTD, params["lm_head"])[..., : cfg.vocab_size].astype(jnp.float32))
+def head(params: Params, cfg: Architecture) -> tuple[jax.Array, float | None]:
+    """The output kernel (D, padded vocabulary) and the soft cap of its logits, as the losses take them."""
+    if isinstance(cfg, GPT2Config):
+        return params["wte"].T, None
+    return params["lm_head"], LOGIT_CAP
 
 
-def forward(params: Params, cfg: ModelConfig, tokens_BT: jax.Array, **options: Any) -> jax.Array:
+def unembed(params: Params, cfg: Architecture, x_BTD: jax.Array) -> jax.Array:
+    """Float32 logits over the vocabulary (padding cropped), soft-capped where the architecture has a cap."""
+    kernel_DV, cap = head(params, cfg)
+    return softcap(linear(x_BTD, kernel_DV)[..., : cfg.vocab_size].astype(jnp.float32), cap)
+
+
+def forward(params: Params, cfg: Architecture, tokens_BT: jax.Array, **options: Any) -> jax.Array:
     """Logits of every position, (B, T, vocab_size) float32: trunk, then unembed."""
     return unembed(params, cfg, trunk(params, cfg, tokens_BT, **options)[0])
+
+
+def token_nats(
+    params: Params, cfg: Architecture, tokens_BT: jax.Array, targets_BT: jax.Array, **options: Any
+) -> jax.Array:
+    """Cross-entropy of each target, (B, T) float32 nats, 0 where the target is −1; options are trunk's."""
+    kernel_DV, cap = head(params, cfg)
+    return cross_entropy(trunk(params, cfg, tokens_BT, **options)[0], kernel_DV, targets_BT, cfg.vocab_size, cap)

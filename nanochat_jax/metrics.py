@@ -1,0 +1,118 @@
+"""What a run says of itself: metrics to JSONL, TensorBoard and (on request) W&B; device peaks and MFU."""
+
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tensorboardX import SummaryWriter
+
+from nanochat_jax.errors import UserError
+
+# Dense bfloat16 FLOP/s by vendor's datasheet (T4: float16), matched as a part of jax's device_kind, in this order.
+PEAK_FLOPS = (
+    ("H200", 989e12),
+    ("H100", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("T4", 65e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+)
+
+
+@functools.cache
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """Peak FLOP/s of one device and where the figure is from: the datasheet, or a matrix product timed here."""
+    kind = jax.devices()[0].device_kind
+    for name, peak in PEAK_FLOPS:
+        if name in kind:
+            return peak, "datasheet"
+    size = 2048
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    # All virtual CPU devices share one processor.
+    shared_by = jax.local_device_count() if jax.default_backend() == "cpu" else 1
+    return 2 * size**3 / min(seconds) / shared_by, "measured matrix product"
+
+
+class MetricsLog:
+    """Appends records of numbers to <folder>/metrics.jsonl and <folder>/tensorboard, each with its step.
+
+    Opened again at an earlier step, it first drops every record after that step, so that a resumed run's log reads
+    like an uninterrupted one's.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, wandb: dict[str, Any] | None = None) -> None:
+        self.path = folder / "metrics.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
+            temporary = self.path.with_name(".metrics.jsonl.tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(self.path)
+            self._file = self.path.open("a", buffering=1)
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        except OSError as error:
+            raise UserError(f"cannot write metrics into {folder}: {error.strerror}") from error
+        self._wandb = _start_wandb(folder, wandb) if wandb is not None else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log numbers of a step (1 is the first); what is not finite is logged as null."""
+        record = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        for name, value in record.items():
+            if value is not None:
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl, in order; a last line cut short by a crash is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: not JSON ({error}); delete the line or the file") from error
+    return records
+
+
+def _start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb needs the wandb package: pip install wandb") from error
+    return wandb.init(dir=str(folder), resume="allow", **settings)

@@ -1,0 +1,83 @@
+"""What training carries from step to step, and one step of it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from nanochat_jax import sharding
+from nanochat_jax.model import Params
+
+Batch = dict[str, jax.Array]
+# (params, micro-batch, PRNG key) → (summed loss, number of things summed over)
+LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32, batches consumed
+    params: Params
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    loss: jax.Array  # mean over the step's counted targets
+    grad_norm: jax.Array
+    applied: jax.Array  # bool; False where the loss or a gradient was not finite and nothing was updated
+
+
+def abstract_state(
+    init_params: Callable[[jax.Array], Params], tx: optax.GradientTransformation, logical_axes: Any, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of a TrainState, without making one."""
+    state = jax.eval_shape(lambda key: new_state(key, init_params, tx), jax.random.key(0))
+    shardings = sharding.state_shardings(mesh, state, logical_axes)
+    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), state, shardings)
+
+
+def new_state(
+    key: jax.Array, init_params: Callable[[jax.Array], Params], tx: optax.GradientTransformation
+) -> TrainState:
+    """Fresh parameters and optimizer; jit it with out_shardings to make them where they belong."""
+    params = init_params(key)
+    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+
+
+def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, like: TrainState, seed: int):
+    """The jitted train step: (state, batch of micro-batches (A, B, …)) → (state, StepMetrics).
+
+    Gradients are summed over micro-batches and divided by the step's count of targets once, so that accumulation
+    equals one large batch also where targets are masked. A step that is not finite leaves parameters and optimizer
+    as they were.
+    """
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        accumulate = next(iter(batch.values())).shape[0]
+
+        def accumulate_one(total, item):
+            index, micro = item
+            sums = grad_fn(state.params, micro, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, sums), None
+
+        first = jax.tree.map(lambda x: x[0], batch)
+        total = grad_fn(state.params, first, jax.random.fold_in(key, 0))
+        if accumulate > 1:
+            rest = jax.tree.map(lambda x: x[1:], batch)
+            total, _ = jax.lax.scan(accumulate_one, total, (jnp.arange(1, accumulate), rest))
+        (loss_sum, count), grads = total
+        count = jnp.maximum(count, 1).astype(jnp.float32)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        loss, grad_norm = loss_sum / count, optax.tree.norm(grads)
+        applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        proposed = (optax.apply_updates(state.params, updates), opt_state)
+        kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), proposed, (state.params, state.opt_state))
+        return TrainState(state.step + 1, *kept), StepMetrics(loss, grad_norm, applied)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(step, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Checks everything from a clean clone on: set-up, linters, types, tests, and a rehearsal of the whole demo.
+#
+#   bash tests/run.sh [--no-demo] [pytest arguments …]
+#
+#   --no-demo   leave the rehearsal (train/demo.sh --quick) out
+#
+# Tests that need a GPU, a TPU or torch are left out; `-m gpu` and the like choose them.
+set -uo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+demo=true
+pytest_args=()
+for argument in "$@"; do
+  case $argument in
+    --no-demo) demo=false ;;
+    -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit ;;
+    *) pytest_args+=("$argument") ;;
+  esac
+done
+
+bash train/setup.sh --dev || exit
+python=.venv/bin/python
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
+workers=$((cores < 8 ? cores : 8))
+summary=""
+failures=0
+
+# Runs a command, goes on if it fails, and remembers how it went.
+check() {
+  local name=$1 start=$SECONDS verdict=passed
+  shift
+  printf '\n=== %s\n' "$name"
+  "$@" || { verdict="FAILED ($?)"; failures=$((failures + 1)); }
+  summary+=$(printf '  %-12s %5d s  %s' "$name" $((SECONDS - start)) "$verdict")$'\n'
+}
+
+check shellcheck .venv/bin/shellcheck train/*.sh tests/*.sh .ci/run
+check ruff "$python" -m ruff check
+check format "$python" -m ruff format --check
+check mypy "$python" -m mypy
+check pytest "$python" -m pytest -n "$workers" -m "not gpu and not tpu and not torch" ${pytest_args[@]+"${pytest_args[@]}"}
+if $demo; then check demo bash train/demo.sh --quick --out "$scratch"; fi
+
+printf '\n=== summary\n%s' "$summary"
+if ((failures > 0)); then
+  echo "$failures of the checks above failed"
+  exit 1
+fi
+echo "everything passed in $SECONDS s"

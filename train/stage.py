@@ -1,0 +1,205 @@
+"""What every training stage does around its loss: open the run folder, resume, fit, save."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+from nanochat_jax import model, sharding, state
+from nanochat_jax.checkpoint import Checkpoints
+from nanochat_jax.config import ModelConfig, flops_per_token, to_json, write_json
+from nanochat_jax.errors import UserError
+from nanochat_jax.layers import Compute, default_compute
+from nanochat_jax.loop import Hook, Units, fit
+from nanochat_jax.metrics import MetricsLog, peak_flops
+from nanochat_jax.sharding import MeshConfig
+from nanochat_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How to compute; auto is what suits the device."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations and of the token and value embeddings."""
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """Attention kernel: cudnn needs an NVIDIA GPU of Ampere's generation or newer."""
+
+    def resolve(self) -> Compute:
+        chosen = default_compute()
+        return Compute(
+            dtype=chosen.dtype if self.dtype == "auto" else self.dtype,
+            attention=chosen.attention if self.attention == "auto" else self.attention,
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lies and how it is looked after; nothing here changes its result."""
+
+    out: Path
+    """Folder of the run: config.json, metrics.jsonl, tensorboard/ and checkpoints/ go here."""
+    micro_batch: int = 0
+    """Rows that one device computes at a time; 0 for the largest divisor of its share up to 32."""
+    eval_every: int = 250
+    """Steps between two measurements of validation bits per byte; 0 for the end only."""
+    sample_every: int = 0
+    """Steps between two looks at samples; 0 for the end only."""
+    save_every: int = 500
+    """Steps between two checkpoints; 0 for the end only."""
+    keep_newest: int = 2
+    """Checkpoints kept beside the best one."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest good checkpoint in the folder; never starts anew."""
+    wandb: str = ""
+    """Log to this Weights & Biases project too."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: what it trains, on what, towards what.
+
+    `recipe` is all that determines the result: a checkpoint made by another recipe is not gone on from.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    cfg: ModelConfig
+    tokenizer: Tokenizer
+    tx: optax.GradientTransformation
+    init_params: Callable[[jax.Array], model.Params]
+    loss_fn: state.LossFn
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # from a step on
+    steps: int
+    rows_per_step: int
+    seed: int
+    hooks: Callable[[jax.sharding.Mesh], list[Hook]]  # run before the checkpoint is saved
+
+
+def micro_batches(rows_per_step: int, micro_batch: int, mesh: jax.sharding.Mesh) -> int:
+    """How many micro-batches make a step.
+
+    Raises:
+        UserError: if rows, devices and micro-batch do not divide.
+    """
+    parts = sharding.batch_devices(mesh)
+    if rows_per_step % parts:
+        raise UserError(f"batch: {rows_per_step} rows a step do not divide by {parts} data-parallel devices")
+    per_device = rows_per_step // parts
+    if micro_batch == 0:
+        micro_batch = max(size for size in range(1, min(32, per_device) + 1) if per_device % size == 0)
+    if per_device % micro_batch:
+        raise UserError(
+            f"batch: {per_device} rows a device and step do not divide by micro-batch={micro_batch}; "
+            f"{rows_per_step} rows a step over {parts} devices"
+        )
+    return per_device // micro_batch
+
+
+def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainState, jax.sharding.Mesh]:
+    """Train a stage to its end, going on from where an earlier run of it stopped.
+
+    Args:
+        stage: what to train.
+        run: where and how.
+        command: the stage's whole config, for config.json.
+
+    Returns:
+        The final state and the mesh that it lies on.
+    """
+    mesh = sharding.make_mesh(run.mesh)
+    accumulate = micro_batches(stage.rows_per_step, run.micro_batch, mesh)
+    like = state.abstract_state(stage.init_params, stage.tx, model.logical_axes(stage.cfg), mesh)
+    recipe = to_json(stage.recipe)
+    best = "val_bpb"
+    with Checkpoints(run.out / "checkpoints", keep_newest=run.keep_newest, keep_best=best) as checkpoints:
+        train_state = _restore(checkpoints, like, recipe) if run.resume == "auto" else None
+        write_json(run.out / "config.json", command)
+        if train_state is None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+            make = jax.jit(lambda key: state.new_state(key, stage.init_params, stage.tx), out_shardings=shardings)
+            train_state = make(jax.random.key(stage.seed))
+        start = int(train_state.step)
+        newest_metrics: dict[str, float] = {}
+
+        def save(step: int, train_state: state.TrainState) -> None:
+            meta = {"stage": stage.name, "recipe": recipe, "records": step * stage.rows_per_step}
+            checkpoints.save(
+                step, train_state, meta=meta, tokenizer=stage.tokenizer.to_bytes(), metrics=dict(newest_metrics)
+            )
+
+        def remember(hook: Hook) -> Hook:
+            def run_hook(step: int, train_state: state.TrainState) -> dict[str, float]:
+                values = hook.run(step, train_state)
+                newest_metrics.update(values)
+                return values
+
+            return Hook(hook.every, run_hook)
+
+        def save_hook(step: int, train_state: state.TrainState) -> dict[str, float]:
+            save(step, train_state)
+            newest_metrics.clear()  # a later checkpoint must not claim this one's measurements
+            return {}
+
+        compute = run.compute.resolve()
+        peak, _ = peak_flops(compute.dtype)
+        tokens = stage.rows_per_step * stage.cfg.sequence_len
+        units = Units(tokens, tokens * flops_per_token(stage.cfg), peak * jax.device_count())
+        wandb = {"project": run.wandb, "name": run.out.name, "config": to_json(command)} if run.wandb else None
+        with MetricsLog(run.out, step=start, wandb=wandb) as log:
+            if start < stage.steps:
+                train_state = fit(
+                    train_state,
+                    state.make_train_step(stage.loss_fn, stage.tx, like, stage.seed),
+                    _on_device(stage.batches(start), mesh, accumulate),
+                    steps=stage.steps,
+                    hooks=[*map(remember, stage.hooks(mesh)), Hook(run.save_every, save_hook)],
+                    save=save,
+                    log=log,
+                    units=units,
+                )
+    return train_state, mesh
+
+
+def _on_device(
+    batches: Iterator[dict[str, np.ndarray]], mesh: jax.sharding.Mesh, accumulate: int
+) -> Iterator[state.Batch]:
+    """Batches on the mesh, one ahead of what is used, so that transfer overlaps compute."""
+    ahead = None
+    for batch in batches:
+        on_device = sharding.put_batch(mesh, batch, accumulate)
+        if ahead is not None:
+            yield ahead
+        ahead = on_device
+    if ahead is not None:
+        yield ahead
+
+
+def _restore(checkpoints: Checkpoints, like: state.TrainState, recipe: dict[str, Any]) -> state.TrainState | None:
+    """The newest good state, or None; a checkpoint of another recipe is an error that names the difference."""
+    newest = checkpoints.peek()
+    if newest is None:
+        return None
+    differences = list(_differences(newest.meta["recipe"], recipe))
+    if differences:
+        raise UserError(
+            f"{checkpoints.folder} holds a run with another configuration:\n  "
+            + "\n  ".join(differences)
+            + "\nChoose another --run.out, or --run.resume never to start anew there"
+        )
+    restored = checkpoints.restore(like)
+    return restored[0] if restored else None
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+    elif there != here:
+        yield f"{name}: {there} there, {here} here"
