@@ -4,6 +4,7 @@ Pure arithmetic on the standard library: nothing here touches JAX or a device. F
 nanochat (karpathy/nanochat, commit 92d63d4).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -133,7 +134,12 @@ class Horizon:
 
 
 def horizon(
-    cfg: ModelConfig, *, ratio: float = 12.0, steps: int | None = None, batch_tokens: int | None = None
+    cfg: ModelConfig,
+    *,
+    ratio: float = 12.0,
+    steps: int | None = None,
+    batch_tokens: int | None = None,
+    lr_scale: float | None = None,
 ) -> Horizon:
     """Training length, batch, rate scale and weight decay of a model.
 
@@ -142,13 +148,19 @@ def horizon(
         ratio: training tokens per scaling parameter (block matrices and lm_head).
         steps: optimizer steps, in place of what the ratio gives.
         batch_tokens: tokens per optimizer step, in place of the scaling law's.
+        lr_scale: factor of all rates but the smear group's, in place of sqrt(batch_tokens / 2^19).
 
     Raises:
         UserError: if a number is not positive, or fewer tokens are asked for than one batch holds.
 
     Source: nanochat, scripts/base_train.py; weight decay from the T_epoch framework (arXiv:2405.13698).
     """
-    for name, value in (("ratio", ratio), ("steps", steps), ("batch_tokens", batch_tokens)):
+    for name, value in (
+        ("ratio", ratio),
+        ("steps", steps),
+        ("batch_tokens", batch_tokens),
+        ("lr_scale", lr_scale),
+    ):
         if value is not None and value <= 0:
             raise UserError(f"horizon: {name}={value} must be positive")
     reference = from_depth(REFERENCE_DEPTH, vocab_size=cfg.vocab_size, sequence_len=cfg.sequence_len)
@@ -165,7 +177,8 @@ def horizon(
                 "raise the ratio, or give steps and batch-tokens"
             )
     scale = math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
-    return Horizon(steps, batch_tokens, target, scale, REFERENCE_WEIGHT_DECAY * scale * (reference_target / target))
+    weight_decay = REFERENCE_WEIGHT_DECAY * scale * (reference_target / target)
+    return Horizon(steps, batch_tokens, target, lr_scale or scale, weight_decay)
 
 
 def _scaling_params(cfg: ModelConfig) -> int:
@@ -245,5 +258,6 @@ def write_json(path: Path, value: Any) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error

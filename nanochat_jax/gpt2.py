@@ -4,6 +4,7 @@ Sources: openai/gpt-2, transformers' GPT2LMHeadModel (numerics), karpathy/nanoGP
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -78,7 +79,9 @@ def flops_per_token(cfg: GPT2Config) -> int:
     return 6 * (counts["total"] - counts["wpe"]) + 12 * cfg.n_layer * cfg.n_embd * cfg.sequence_len
 
 
-def _dense(name: str, features: int, axes: tuple[str, str], cfg: GPT2Config, dtype: str, std: float = INIT_STD):
+def _dense(
+    name: str, features: int, axes: tuple[str, str], cfg: GPT2Config, dtype: str, std: float = INIT_STD
+) -> nn.Dense:
     return nn.Dense(
         features,
         use_bias=cfg.bias,
@@ -107,7 +110,13 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, x_BTD, segment_ids_BT, cache: KVCache | None, counts_B):
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cache: KVCache | None,
+        counts_B: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         cfg, dtype, (B, T, D) = self.cfg, self.compute.dtype, x_BTD.shape
         residual_std = INIT_STD / math.sqrt(2 * cfg.n_layer)
         drop = nn.Dropout(cfg.dropout, deterministic=not self.has_rng("dropout"))
@@ -117,7 +126,7 @@ class Block(nn.Module):
             _dense(name, D, ("embed", "heads"), cfg, dtype)(h_BTD).reshape(B, T, cfg.n_head, cfg.head_dim)
             for name in "qkv"
         )
-        keys = values = None
+        keys, values = k_BTNH, v_BTNH
         if cache is not None:
             mixed, keys, values = attention.attend_cached(
                 q_BTNH, k_BTNH, v_BTNH, cache, self.layer, counts_B, window=cfg.sequence_len
@@ -138,7 +147,9 @@ class Block(nn.Module):
         return x_BTD, keys, values
 
 
-def _attend_dropping(q_BTNH, k_BSNH, v_BSNH, segment_ids_BT, drop: nn.Dropout) -> jax.Array:
+def _attend_dropping(
+    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, segment_ids_BT: jax.Array | None, drop: nn.Dropout
+) -> jax.Array:
     """Causal attention with dropout on its weights, which no fused backend has."""
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     mask_BTS = jnp.tril(jnp.ones((T, T), bool))[None]
@@ -156,7 +167,13 @@ class GPT2(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, cache: KVCache | None, counts_B):
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cache: KVCache | None,
+        counts_B: jax.Array,
+    ) -> tuple[jax.Array, KVCache | None]:
         cfg, dtype = self.cfg, self.compute.dtype
         normal = nn.initializers.normal(INIT_STD)
         wte = param(self, "wte", normal, (cfg.padded_vocab_size, cfg.n_embd), ("vocab", "embed"))
@@ -166,7 +183,7 @@ class GPT2(nn.Module):
         if cache is not None:
             positions_BT = positions_BT + cache.lengths_B[:, None]
         # A cached chunk's padding may lie beyond the last position; its output means nothing.
-        x_BTD = layers.embed(wte, tokens_BT) + wpe.at[positions_BT].get(mode="clip")
+        x_BTD = layers.embed(wte, tokens_BT) + jnp.take(wpe, positions_BT, axis=0, mode="clip")
         x_BTD = nn.Dropout(cfg.dropout, deterministic=not self.has_rng("dropout"))(x_BTD.astype(dtype))
         new_keys, new_values = [], []
         for i in range(cfg.n_layer):
@@ -205,10 +222,10 @@ class GPT2OptimConfig:
                 raise UserError(f"optim: {name}={getattr(self, name)} must be at least 0 and less than 1")
 
 
-def lr_multiplier(steps: int, cfg: GPT2OptimConfig) -> optax.Schedule:
+def lr_multiplier(steps: int, cfg: GPT2OptimConfig) -> Callable[[jax.Array], jax.Array]:
     """A factor for the learning rate. Source: nanoGPT, train.py get_lr."""
 
-    def multiplier(step):
+    def multiplier(step: jax.Array) -> jax.Array:
         rising = (step + 1) / (cfg.warmup_steps + 1)
         progress = jnp.clip((step - cfg.warmup_steps) / max(steps - cfg.warmup_steps, 1), 0, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))

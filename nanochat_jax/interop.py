@@ -1,7 +1,7 @@
-"""Bridges to other programs' parameters: nanochat's checkpoints, and GPT-2 as Hugging Face stores it.
+"""A bridge to nanochat's checkpoints, in both directions.
 
 Nothing that is read here runs code: torch files are opened with weights_only, pickled tokenizers by bpe.py's restricted
-reader, all else is JSON and safetensors.
+reader, all else is JSON. Torch is needed for whole checkpoints, and imported only there.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import numpy as np
 from nanochat_jax import bpe, model
 from nanochat_jax.config import ModelConfig, from_json, write_json
 from nanochat_jax.errors import UserError
-from nanochat_jax.gpt2 import LAYER_NORM_EPSILON, GPT2Config
 from nanochat_jax.layers import Compute
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -40,23 +39,6 @@ _TO_UPSTREAM = (
 )
 _UNTRANSPOSED = re.compile(r"wte|value_embed|_lambda")
 
-# Ours → transformers', whose one matrix for q, k and v is split first. All is (in, out) there too.
-_TO_GPT2 = (
-    (r"(w[tp]e)", r"\1.weight"),
-    (r"ln_f\.scale", "ln_f.weight"),
-    (r"ln_f\.bias", "ln_f.bias"),
-    (r"block_(\d+)\.(ln_[12])\.scale", r"h.\1.\2.weight"),
-    (r"block_(\d+)\.(ln_[12])\.bias", r"h.\1.\2.bias"),
-    (r"block_(\d+)\.([qkv])\.kernel", r"h.\1.attn.\2.weight"),
-    (r"block_(\d+)\.([qkv])\.bias", r"h.\1.attn.\2.bias"),
-    (r"block_(\d+)\.proj\.kernel", r"h.\1.attn.c_proj.weight"),
-    (r"block_(\d+)\.proj\.bias", r"h.\1.attn.c_proj.bias"),
-    (r"block_(\d+)\.fc\.kernel", r"h.\1.mlp.c_fc.weight"),
-    (r"block_(\d+)\.fc\.bias", r"h.\1.mlp.c_fc.bias"),
-    (r"block_(\d+)\.fc_proj\.kernel", r"h.\1.mlp.c_proj.weight"),
-    (r"block_(\d+)\.fc_proj\.bias", r"h.\1.mlp.c_proj.bias"),
-)
-
 
 @dataclass(frozen=True)
 class Foreign:
@@ -65,7 +47,8 @@ class Foreign:
     params: model.Params
     cfg: model.Architecture
     tokenizer: Tokenizer
-    step: int  # of its training, as far as known
+    compute_dtype: str  # that the stored dtypes are those of
+    step: int = 0  # of its training, as far as known
 
 
 def _translate(path: str, table: tuple[tuple[str, str], ...]) -> str:
@@ -79,7 +62,7 @@ def _dotted(path: tuple[Any, ...]) -> str:
     return ".".join(key.key for key in path)
 
 
-def _fill(
+def fill(
     cfg: model.Architecture,
     arrays: Arrays,
     table: tuple[tuple[str, str], ...],
@@ -96,7 +79,7 @@ def _fill(
     if unknown:
         raise UserError(f"{source}: {_some(unknown)} not known to this architecture; does the config fit?")
 
-    def take(path, like):
+    def take(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> np.ndarray:
         dotted = _dotted(path)
         array = adapt(dotted, arrays[names[dotted]])
         if array.shape != like.shape:
@@ -109,9 +92,6 @@ def _fill(
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:8])
     return f"tensors {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-# nanochat
 
 
 def params_from_upstream(arrays: Arrays, cfg: ModelConfig, source: str = "nanochat checkpoint") -> model.Params:
@@ -129,7 +109,7 @@ def params_from_upstream(arrays: Arrays, cfg: ModelConfig, source: str = "nanoch
     def adapt(path: str, array: np.ndarray) -> np.ndarray:
         return array if _UNTRANSPOSED.search(path) else array.T
 
-    return _fill(cfg, arrays, _TO_UPSTREAM, adapt, source)
+    return fill(cfg, arrays, _TO_UPSTREAM, adapt, source)
 
 
 def params_to_upstream(params: model.Params) -> dict[str, np.ndarray]:
@@ -157,14 +137,20 @@ def read_upstream(folder: Path, *, step: int | None = None, tokenizer: Path | No
         raise UserError(f"{folder} holds no model_<step>.pt of nanochat")
     step = max(steps) if step is None else step
     model_path, meta_path = folder / f"model_{step:06d}.pt", folder / f"meta_{step:06d}.json"
-    cfg = from_json(ModelConfig, _read_json(meta_path, "model_config"), str(meta_path))
+    meta = read_json(meta_path)
+    if not isinstance(meta.get("model_config"), dict):
+        raise UserError(f"{meta_path} is damaged: no 'model_config' in it")
+    cfg = from_json(ModelConfig, meta["model_config"], str(meta_path))
     params = params_from_upstream(_read_torch(model_path), cfg, str(model_path))
     places = [folder / "tokenizer.pkl", folder.parent.parent / "tokenizer" / "tokenizer.pkl"]
     found = tokenizer or next((path for path in places if path.exists()), places[0])
     tok = bpe.from_pickle(found)
     if tok.vocab_size != cfg.vocab_size:
         raise UserError(f"{found} has {tok.vocab_size:,} tokens, {meta_path} says vocab_size={cfg.vocab_size:,}")
-    return Foreign(params, cfg, tok, step)
+    dtype = "bfloat16" if params["wte"].dtype == jnp.bfloat16 else "float32"
+    shapes = jax.eval_shape(lambda: model.init_params(jax.random.key(0), cfg, Compute(dtype)))
+    params = jax.tree.map(lambda array, like: array.astype(like.dtype), params, shapes)  # others widen, if they do
+    return Foreign(params, cfg, tok, dtype, step)
 
 
 def write_upstream(folder: Path, params: model.Params, cfg: ModelConfig, tok: Tokenizer, step: int) -> None:
@@ -193,7 +179,7 @@ def write_upstream(folder: Path, params: model.Params, cfg: ModelConfig, tok: To
 
 def _import_torch() -> Any:
     try:
-        import torch
+        import torch  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise UserError("nanochat's checkpoints are torch files: `pip install torch` to convert them") from error
     return torch
@@ -219,122 +205,17 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     return {str(name).removeprefix("_orig_mod."): array(x) for name, x in tensors.items()}  # prefix: torch.compile
 
 
-# GPT-2
-
-
-def params_from_gpt2(arrays: Arrays, cfg: GPT2Config, source: str = "GPT-2 checkpoint") -> model.Params:
-    """Our parameters, float32, from those of transformers' GPT2LMHeadModel.
-
-    Args:
-        arrays: by name, with or without the prefix "transformer.".
-        cfg: the architecture. Tokens that its vocabulary has in addition get the mean of all embeddings, which
-            makes them improbable but not impossible.
-        source: what messages call it.
-
-    Raises:
-        UserError: a tensor is missing, is one too many, or has another shape than the architecture says.
-    """
-    split: dict[str, np.ndarray] = {}
-    for name, array in arrays.items():
-        name = name.removeprefix("transformer.")
-        if match := re.fullmatch(r"(h\.\d+\.attn)\.c_attn\.(weight|bias)", name):
-            for part, third in zip("qkv", np.array_split(array, 3, axis=-1), strict=True):
-                split[f"{match[1]}.{part}.{match[2]}"] = third
-        elif not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # causal masks of old files
-            split[name] = array
-    untied = split.pop("lm_head.weight", None)
-    if untied is not None and not np.array_equal(untied, split.get("wte.weight", untied)):
-        raise UserError(f"{source}: lm_head.weight differs from wte.weight; GPT-2 ties them")
-
-    def adapt(path: str, array: np.ndarray) -> np.ndarray:
-        array = np.asarray(array, np.float32)
-        if path != "wte" or array.ndim != 2 or len(array) > cfg.vocab_size:
-            return array
-        added = np.tile(array.mean(axis=0, keepdims=True), (cfg.vocab_size - len(array), 1))
-        padding = np.zeros((cfg.padded_vocab_size - cfg.vocab_size, array.shape[1]), np.float32)
-        return np.concatenate([array, added, padding])
-
-    return _fill(cfg, split, _TO_GPT2, adapt, source)
-
-
-def read_gpt2(source: str) -> Foreign:
-    """Open GPT-2 weights in safetensors, with their config.json, vocab.json and merges.txt.
-
-    Args:
-        source: a local folder, or a model's name on the Hugging Face hub ("gpt2-xl"), which is downloaded.
-
-    Raises:
-        UserError: no such folder and no network, or a file is missing, damaged, or not GPT-2's.
-    """
-    folder = Path(source) if Path(source).is_dir() else _download(source)
-    tok = bpe.from_gpt2_files(folder / "vocab.json", folder / "merges.txt")
-    cfg = _gpt2_config(folder / "config.json")
-    if cfg.vocab_size > tok.vocab_size:
-        raise UserError(
-            f"{folder}: config.json says vocab_size={cfg.vocab_size:,}, vocab.json has fewer tokens: "
-            f"{tok.vocab_size:,}, control tokens included"
-        )
-    cfg = replace(cfg, vocab_size=tok.vocab_size)
-    path = folder / "model.safetensors"
-    return Foreign(params_from_gpt2(read_safetensors(path), cfg, str(path)), cfg, tok, 0)
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file; UserError if it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}; download it again") from error
-
-
-def _gpt2_config(path: Path) -> GPT2Config:
-    values = _read_json(path)
-    fixed = {
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": LAYER_NORM_EPSILON,
-        "tie_word_embeddings": True,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-    }
-    for key, value in fixed.items():
-        if values.get(key, value) != value:
-            raise UserError(f"{path}: {key}={values[key]!r}, but GPT-2 has {value!r}")
-    try:
-        sizes = (values[key] for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd"))
-        return GPT2Config(*sizes)
-    except KeyError as error:
-        raise UserError(f"{path}: key {error} is missing; is it GPT-2's?") from error
-
-
-def _download(name: str) -> Path:
-    import huggingface_hub
-
-    files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the hub's client passes on whatever its transport raises
-        raise UserError(
-            f"{name!r} is no local folder and could not be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}). Check the name and the network, or give a folder with {', '.join(files)}"
-        ) from error
-
-
-# Files
-
-
-def _read_json(path: Path, key: str | None = None) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; UserError if there is none."""
     try:
         values = json.loads(path.read_text())
-        return values if key is None else values[key]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: " + (f"no {key!r} in it" if key else "not JSON")) from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: not JSON") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: not a JSON object")
+    return values
 
 
 @contextlib.contextmanager

@@ -12,17 +12,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from nanochat_jax.errors import UserError
+from nanochat_jax.errors import Stopped, UserError
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.state import Batch, StepMetrics, TrainState
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; everything is saved."""
-
-    def __init__(self, step: int, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step:,}; all is saved")
-        self.exit_code = 128 + signal_number
 
 
 @dataclass(frozen=True)
@@ -151,7 +143,7 @@ def fit(
                 report(*unread)
             unread = (step, metrics)
             due = [hook for hook in hooks if hook.due(step, steps)]
-            if due or stop.received is not None:
+            if due or step == steps or stop.received is not None:
                 report(*unread)
                 unread = None
             for hook in due:

@@ -33,11 +33,13 @@ def cross_entropy(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(cap, x_ND, head_DV, targets_N):
+def _cross_entropy(cap: float | None, x_ND: jax.Array, head_DV: jax.Array, targets_N: jax.Array) -> jax.Array:
     return _cross_entropy_forward(cap, x_ND, head_DV, targets_N)[0]
 
 
-def _cross_entropy_forward(cap, x_ND, head_DV, targets_N):
+def _cross_entropy_forward(
+    cap: float | None, x_ND: jax.Array, head_DV: jax.Array, targets_N: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     logits_NV = x_ND @ head_DV
     capped_NV = softcap(logits_NV.astype(jnp.float32), cap)
     lse_N = jax.nn.logsumexp(capped_NV, axis=-1)
@@ -46,7 +48,9 @@ def _cross_entropy_forward(cap, x_ND, head_DV, targets_N):
     return loss_N, (x_ND, head_DV, targets_N, logits_NV, lse_N)
 
 
-def _cross_entropy_backward(cap, residuals, grad_N):
+def _cross_entropy_backward(
+    cap: float | None, residuals: tuple[jax.Array, ...], grad_N: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     # The logits are kept in the compute dtype, the probabilities follow from them and the log-sum-exp: half the
     # memory and one pass less than differentiating through a float32 log-softmax.
     x_ND, head_DV, targets_N, logits_NV, lse_N = residuals

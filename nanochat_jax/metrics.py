@@ -36,12 +36,12 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     for name, peak in PEAK_FLOPS:
         if name in kind:
             return peak, "datasheet"
-    size = 2048
+    size = 1024
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     seconds = []
-    for _ in range(3):
+    for _ in range(20):
         start = time.perf_counter()
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - start)

@@ -4,6 +4,7 @@ The same functions serve GPT-2 (gpt2.py): the type of the config decides. Parame
 other files see no Module. Matrices are (in, out); torch's are (out, in).
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,22 +22,24 @@ from nanochat_jax.losses import cross_entropy, softcap
 QK_SCALE = 1.2  # of normed queries and keys: sharper attention than unit vectors allow
 
 Params = dict[str, Any]
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines
+Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values → their attention
 Architecture = ModelConfig | GPT2Config
 
 
-def _normal(std: float):
+def _normal(std: float) -> nn.initializers.Initializer:
     return nn.initializers.normal(std)
 
 
-def _uniform(limit: float):
+def _uniform(limit: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def _positive(limit: float):
+def _positive(limit: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, 0.0, limit)
 
 
-def _linspace(start: float, stop: float):
+def _linspace(start: float, stop: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype: jnp.linspace(start, stop, shape[0], dtype=dtype)
 
 
@@ -46,8 +49,8 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, h_BTD, tokens_BT, rotation, mix):
-        cfg, B, T = self.cfg, *h_BTD.shape[:2]
+    def __call__(self, h_BTD: jax.Array, tokens_BT: jax.Array, rotation: Rotation, mix: Mix) -> jax.Array:
+        cfg, (B, T) = self.cfg, h_BTD.shape[:2]
         q_dim, kv_dim = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
         uniform = _uniform((3 / cfg.n_embd) ** 0.5)
         q_BTNH = linear(h_BTD, param(self, "q", uniform, (cfg.n_embd, q_dim), ("embed", "heads")))
@@ -70,7 +73,7 @@ class MLP(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, h_BTD):
+    def __call__(self, h_BTD: jax.Array) -> jax.Array:
         D = self.cfg.n_embd
         limit = 0.4 * (3 / D) ** 0.5
         h_BTF = layers.relu2(linear(h_BTD, param(self, "fc", _uniform(limit), (D, 4 * D), ("embed", "mlp"))))
@@ -83,7 +86,7 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD, tokens_BT, rotation, mix):
+    def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array, rotation: Rotation, mix: Mix) -> jax.Array:
         attn = Attention(self.cfg, self.spec, self.compute, name="attn")
         x_BTD += attn(rms_norm(x_BTD), tokens_BT, rotation, mix)
         return x_BTD + MLP(self.cfg, name="mlp")(rms_norm(x_BTD))
@@ -94,7 +97,13 @@ class Transformer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, cache: KVCache | None, counts_B):
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None,
+        cache: KVCache | None,
+        counts_B: jax.Array,
+    ) -> tuple[jax.Array, KVCache | None]:
         cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
         wte = param(self, "wte", _normal(0.8), (cfg.padded_vocab_size, cfg.n_embd), ("vocab", "embed"), dtype)
         resid_lambdas = param(self, "resid_lambdas", _linspace(1.15, 1.05), (cfg.n_layer,), (None,))
@@ -119,7 +128,9 @@ class Transformer(nn.Module):
         x0_BTD, new_keys, new_values = x_BTD, [], []
         for i, spec in enumerate(cfg.layer_specs()):
 
-            def mix(q_BTNH, k_BTKH, v_BTKH, i=i, spec=spec):
+            def mix(
+                q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, i: int = i, spec: LayerSpec = spec
+            ) -> jax.Array:
                 if cache is None:
                     return attention.attend(
                         q_BTNH, k_BTKH, v_BTKH,
@@ -153,11 +164,13 @@ def _module(cfg: Architecture, compute: Compute | None) -> nn.Module:
 
 def config_from_json(values: dict[str, Any]) -> Architecture:
     """The architecture that a stored config describes."""
-    return from_json(GPT2Config if "dropout" in values else ModelConfig, values, "model")
+    if "dropout" in values:
+        return from_json(GPT2Config, values, "model")
+    return from_json(ModelConfig, values, "model")
 
 
-def _boxed_params(key: jax.Array, cfg: Architecture, compute: Compute | None):
-    return _module(cfg, compute).init(key, jnp.zeros((1, 1), jnp.int32), None, None, None)["params"]
+def _boxed_params(key: jax.Array, cfg: Architecture, compute: Compute | None) -> Params:
+    return _module(cfg, compute).init(key, jnp.zeros((1, 1), jnp.int32), None, None, jnp.ones(1, jnp.int32))["params"]
 
 
 def init_params(key: jax.Array, cfg: Architecture, compute: Compute | None = None) -> Params:
@@ -198,10 +211,12 @@ def trunk(
     Returns:
         x_BTD in the compute dtype, and the extended cache (None without one).
     """
-    if cache is not None and counts_B is None:
+    if counts_B is None:
         counts_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1], jnp.int32)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return _module(cfg, compute).apply({"params": params}, tokens_BT, segment_ids_BT, cache, counts_B, rngs=rngs)
+    variables = {"params": params}
+    result: Any = _module(cfg, compute).apply(variables, tokens_BT, segment_ids_BT, cache, counts_B, rngs=rngs)
+    return result
 
 
 def head(params: Params, cfg: Architecture) -> tuple[jax.Array, float | None]:

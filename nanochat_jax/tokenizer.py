@@ -115,6 +115,17 @@ class Tokenizer(ABC):
             ) from error
 
 
+def check_encodable(text: str) -> None:
+    """UserError if a text holds a lone surrogate, the one thing that Python's strings can and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which "
+            "has no UTF-8 form; was the text decoded with errors='surrogateescape'?"
+        ) from error
+
+
 class SentencePieceTokenizer(Tokenizer):
     """Byte-pair encoding with byte fallback; ids are unknown (never emitted), control tokens, bytes, pieces."""
 
@@ -136,13 +147,7 @@ class SentencePieceTokenizer(Tokenizer):
         return name.replace(_SPACE_MARK, " ").encode()
 
     def encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}, which "
-                "has no UTF-8 form; was the text decoded with errors='surrogateescape'?"
-            ) from error
+        check_encodable(text)
         first, *rest = text.split(_SPACE_MARK)
         ids = self._processor.encode(first)
         for part in rest:
@@ -165,7 +170,23 @@ def _load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     return processor
 
 
-KINDS: dict[str, Callable[[bytes], Tokenizer]] = {SentencePieceTokenizer.kind: SentencePieceTokenizer}
+def _open_char(data: bytes) -> Tokenizer:
+    from nanochat_jax.char import CharTokenizer
+
+    return CharTokenizer.from_bytes(data)
+
+
+def _open_tiktoken(data: bytes) -> Tokenizer:
+    from nanochat_jax.bpe import TiktokenTokenizer
+
+    return TiktokenTokenizer.from_bytes(data)
+
+
+KINDS: dict[str, Callable[[bytes], Tokenizer]] = {
+    SentencePieceTokenizer.kind: SentencePieceTokenizer,
+    "char": _open_char,
+    "tiktoken": _open_tiktoken,
+}
 
 
 def from_bytes(data: bytes) -> Tokenizer:

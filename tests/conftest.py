@@ -1,13 +1,42 @@
 """Eight virtual CPU devices, so that every multi-device test runs everywhere, and strict broadcasting."""
 
 import os
+import random
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same small programs are compiled by many tests and by the processes that tests start.
 jax.config.update("jax_compilation_cache_dir", os.environ.get("NANOCHAT_TEST_CACHE", "/tmp/nanochat_jax_test_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A prepared folder: 300-odd tokens of vocabulary, records of 32 + 1 tokens, made from a made-up text."""
+    from nanochat_jax.data.prepare import PrepareConfig, prepare
+    from nanochat_jax.tokenizer import train
+
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(60)]
+    documents = [" ".join(rng.choices(words, k=rng.randint(20, 200))) + ".\n" for _ in range(150)]
+    for number, document in enumerate(documents):
+        (folder / f"{number:03}.txt").write_text(document)
+    train(documents, 320).save(folder / "tokenizer.model")
+    prepare(
+        PrepareConfig(
+            source=f"text:{folder}/*.txt",
+            tokenizer=folder / "tokenizer.model",
+            out=folder / "data",
+            sequence_len=32,
+            val_fraction=0.1,
+            workers=1,
+        )
+    )
+    return folder / "data"

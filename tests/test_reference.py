@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import reference
+
 from nanochat_jax import attention, model
 from nanochat_jax.cache import init_cache
 from nanochat_jax.config import ModelConfig
@@ -25,14 +25,13 @@ def random_weights(cfg: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     shapes = params_to_upstream(model.init_params(jax.random.key(0), cfg, FLOAT32))
     weights = {name: rng.normal(0, 0.3, x.shape).astype(np.float32) for name, x in shapes.items()}
-    weights["lm_head.weight"] *= 10  # far enough for the soft cap to matter
+    weights["lm_head.weight"] *= 3  # far enough for the soft cap to matter
     return weights
 
 
+@partial(jax.jit, static_argnums=1)
 def full_pass(params, cfg, tokens_BT, segments_BT=None):
-    return jax.jit(partial(model.forward, cfg=cfg, compute=FLOAT32))(
-        params, tokens_BT=tokens_BT, segment_ids_BT=segments_BT
-    )
+    return model.forward(params, cfg, tokens_BT, segment_ids_BT=segments_BT, compute=FLOAT32)
 
 
 @pytest.mark.parametrize("cfg", [SMALL, EVEN], ids=["windows-gqa", "even-layers"])
@@ -40,9 +39,9 @@ def test_forward(cfg):
     weights = random_weights(cfg)
     tokens_BT = np.random.default_rng(1).integers(0, cfg.vocab_size, (1, min(300, cfg.sequence_len)))
     expected = reference.forward(weights, cfg, tokens_BT[0])
-    assert np.abs(expected).max() > 10
+    assert np.abs(expected).max() > 10  # well into the soft cap
     logits = full_pass(params_from_upstream(weights, cfg), cfg, tokens_BT)
-    np.testing.assert_allclose(logits[0], expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(logits[0], expected, rtol=0, atol=5e-5)
 
 
 def test_segments_cut_attention_and_smear():
@@ -52,7 +51,7 @@ def test_segments_cut_attention_and_smear():
     params = params_from_upstream(weights, EVEN)
     logits = full_pass(params, EVEN, tokens_BT, segments_BT)
     np.testing.assert_allclose(
-        logits[0], reference.forward(weights, EVEN, tokens_BT[0], segments_BT[0]), rtol=0, atol=2e-4
+        logits[0], reference.forward(weights, EVEN, tokens_BT[0], segments_BT[0]), rtol=0, atol=5e-5
     )
     changed = tokens_BT.copy()
     changed[0, :8] = (changed[0, :8] + 1) % EVEN.vocab_size
@@ -118,7 +117,7 @@ PLANS = {
 def test_cached_decoding_equals_the_full_pass(small, plan):
     params, tokens_BT, expected_BTV = small
     for row, logits in enumerate(decode(params, tokens_BT, plan)):
-        np.testing.assert_allclose(logits, expected_BTV[row, : len(logits)], rtol=0, atol=5e-5)
+        np.testing.assert_allclose(logits, expected_BTV[row, : len(logits)], rtol=0, atol=1e-4)
 
 
 def test_cache_holds_only_what_windows_need():

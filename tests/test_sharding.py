@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import sharding
 from nanochat_jax.errors import UserError
@@ -31,6 +32,6 @@ def test_batches_are_cut_by_row_and_micro_batch():
 
 def test_axes_that_do_not_divide_stay_whole():
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=8))
-    axes = {"a": jax.sharding.PartitionSpec("embed", "mlp")}
+    axes = {"a": P("embed", "mlp")}
     shapes = {"a": jax.ShapeDtypeStruct((12, 8), np.float32)}
-    assert sharding.param_shardings(mesh, axes, shapes)["a"].spec == (None, "tensor")
+    assert sharding.param_shardings(mesh, axes, shapes)["a"].spec == P(None, "tensor")

@@ -2,12 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import model, optim, sharding, state
 from nanochat_jax.config import Horizon, ModelConfig, OptimConfig
 from nanochat_jax.layers import Compute
 
-CFG = ModelConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+CFG = ModelConfig(sequence_len=32, vocab_size=64, n_layer=3, n_head=2, n_kv_head=2, n_embd=32)
 COMPUTE = Compute()
 ROWS = 16
 
@@ -33,51 +34,64 @@ class Trainer:
         tx = optim.make_optimizer(CFG, Horizon(100, 512, 51200, 0.3, 0.2), OptimConfig(warmup_steps=1), "float32")
 
         def init(key):
+            # Far from the zeros of a fresh model, where Adam would blow up the rounding of vanishing gradients.
             fresh = model.init_params(key, CFG, COMPUTE)
-            return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(key, x.shape), fresh)
+            return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), fresh)
 
         self.like = state.abstract_state(init, tx, model.logical_axes(CFG), self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.like)
         self.state = jax.jit(lambda key: state.new_state(key, init, tx), out_shardings=shardings)(jax.random.key(0))
         self.step = state.make_train_step(loss, tx, self.like, seed=0)
 
-    def train(self, steps: int, accumulate: int = 1) -> list[float]:
+    def train(self, steps: int, accumulate: int = 1, start: int = 0) -> list[float]:
         losses = []
-        for seed in range(steps):
+        for seed in range(start, start + steps):
             self.state, metrics = self.step(self.state, sharding.put_batch(self.mesh, batch(seed), accumulate))
             losses.append(float(metrics.loss))
         return losses
 
 
+def largest_error(found, wanted) -> float:
+    """The largest relative error (in norm) of any array of a state."""
+
+    def error(a, b) -> float:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return float(np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-12))
+
+    return max(jax.tree.leaves(jax.tree.map(error, found, wanted)))
+
+
 @pytest.fixture(scope="module")
 def single():
+    """Losses of three steps on one device, and the state after the first."""
     trainer = Trainer(sharding.MeshConfig(), devices=1)
-    return trainer.train(3), jax.device_get(trainer.state)
+    first = trainer.train(1)
+    after_one = jax.device_get(trainer.state)
+    return first + trainer.train(2, start=1), after_one
+
+
+def check_like_single(trainer: Trainer, single, accumulate: int = 1) -> None:
+    losses, after_one = single
+    found = trainer.train(1, accumulate)
+    assert largest_error(trainer.state, after_one) < 2e-5
+    np.testing.assert_allclose(found + trainer.train(2, accumulate, start=1), losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
 def test_any_mesh_trains_like_one_device(single, shape):
-    trainer = Trainer(sharding.MeshConfig(*shape))
-    losses, expected = trainer.train(3), single[1]
-    np.testing.assert_allclose(losses, single[0], rtol=1e-5)
-    for found, wanted in zip(jax.tree.leaves(trainer.state), jax.tree.leaves(expected), strict=True):
-        error = np.linalg.norm(np.asarray(found, np.float64) - wanted)
-        assert error <= 2e-4 * np.linalg.norm(wanted.astype(np.float64)) + 1e-7
+    check_like_single(Trainer(sharding.MeshConfig(*shape)), single)
 
 
 def test_accumulation_equals_one_large_batch(single):
-    trainer = Trainer(sharding.MeshConfig(), devices=1)
-    np.testing.assert_allclose(trainer.train(3, accumulate=4), single[0], rtol=1e-5)
-    for found, wanted in zip(jax.tree.leaves(trainer.state.params), jax.tree.leaves(single[1].params), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+    check_like_single(Trainer(sharding.MeshConfig(), devices=1), single, accumulate=4)
 
 
 def test_parameters_and_moments_are_cut_by_the_rules():
     trainer = Trainer(sharding.MeshConfig(1, 2, 4))
     params = trainer.state.params
-    assert params["wte"].sharding.spec == ("tensor", "fsdp")
-    assert params["block_0"]["mlp"]["fc"].sharding.spec == ("fsdp", "tensor")
-    assert params["block_0"]["attn"]["proj"].sharding.spec == ("tensor", "fsdp")
+    assert params["wte"].sharding.spec == P("tensor", "fsdp")
+    assert params["block_0"]["mlp"]["fc"].sharding.spec == P("fsdp", "tensor")
+    assert params["block_0"]["attn"]["proj"].sharding.spec == P("tensor", "fsdp")
     by_shape = {}
     for leaf in jax.tree.leaves(trainer.state.opt_state):
         by_shape.setdefault(leaf.shape, set()).add(leaf.sharding.is_fully_replicated)

@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from nanochat_jax.errors import UserError
+from nanochat_jax.errors import Stopped, UserError
 
 
 def run[C](main: Callable[[C], Any], config_class: type[C]) -> None:
@@ -18,14 +18,10 @@ def run[C](main: Callable[[C], Any], config_class: type[C]) -> None:
 
     The help text is the docstring of the stage's module; nested fields are written --model.depth.
     """
-    from nanochat_jax.loop import Stopped
-
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    description = inspect.getdoc(inspect.getmodule(main)) or ""
+    _use_compilation_cache()
     try:
-        config = tyro.cli(config_class, description=description)
-        _use_compilation_cache()
-        main(config)
+        main(tyro.cli(config_class, description=inspect.getdoc(inspect.getmodule(main))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -35,10 +31,13 @@ def run[C](main: Callable[[C], Any], config_class: type[C]) -> None:
 
 
 def _use_compilation_cache() -> None:
-    """Keep compiled programs from one command to the next (JAX_COMPILATION_CACHE_DIR overrides the place)."""
+    """Keep compiled programs from one command to the next; jax's own environment variables win."""
+    if "jax" not in sys.modules:
+        return  # a stage that computes nothing starts faster without it
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_jax" / "xla"
+    settings = {"jax_compilation_cache_dir": str(cache), "jax_persistent_cache_min_compile_time_secs": 1.0}
+    for name, value in settings.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)

@@ -28,15 +28,15 @@ while (($# > 0)); do
   shift
 done
 
-# The numbers of the demo. Budgets are in seconds on two CPU cores, and add up to the total; pretraining keeps to
-# pretrain_seconds, the rest of its budget being compilation, evaluation and checkpoints.
+# The numbers of the demo. Budgets are in seconds on two CPU cores, and add up to the total.
 if $quick; then
-  depth=2 vocab_size=1024 sequence_len=128 pretrain_seconds=40
-  setup=120 tokenizer=20 prepare=20 pretrain=70 evaluate=20 sample=20 report=20
+  depth=2 vocab_size=1024 sequence_len=128 steps=60 batch_tokens=1024
+  setup=120 tokenizer=20 prepare=20 pretrain=60 evaluate=20 sample=20 report=20
 else
-  depth=4 vocab_size=4096 sequence_len=512 pretrain_seconds=360
-  setup=120 tokenizer=40 prepare=20 pretrain=420 evaluate=60 sample=30 report=30
+  depth=3 vocab_size=4096 sequence_len=512 steps=500 batch_tokens=4096
+  setup=120 tokenizer=20 prepare=20 pretrain=450 evaluate=40 sample=30 report=30
 fi
+head_dim=64 lr_scale=0.55 # small batches and short runs want higher rates than the scaling law gives
 val_fraction=0.05
 source=sotu
 prompts=("Fellow citizens" "The state of the Union is" "Our enemies")
@@ -87,7 +87,8 @@ stage prepare "$prepare" "turn the text into records of $sequence_len tokens" \
   --sequence-len "$sequence_len" --val-fraction "$val_fraction" --out "$run/data"
 stage pretrain "$pretrain" "train a transformer of depth $depth from scratch" \
   "$python" -m train.pretrain --data "$run/data" --run.out "$run/base" --model.depth "$depth" \
-  --max-seconds "$pretrain_seconds"
+  --model.head-dim "$head_dim" --steps "$steps" --batch-tokens "$batch_tokens" --lr-scale "$lr_scale" \
+  --optim.warmup-steps 20 --run.eval-every 125 --run.save-every 125
 stage evaluate "$evaluate" "bits per byte of held-out text, beside gzip, xz and a unigram model" \
   "$python" -m train.evaluate --checkpoint "$run/base" --data "$run/data"
 stage sample "$sample" "let the model write" \

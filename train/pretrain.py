@@ -62,6 +62,8 @@ class Config:
     """Optimizer steps, in place of what the ratio gives."""
     batch_tokens: int | None = None
     """Tokens of an optimizer step, in place of the scaling law's."""
+    lr_scale: float | None = None
+    """Factor of the learning rates, in place of sqrt(batch_tokens / 2^19); short runs of small batches want more."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval_rows: int = 0
     """Rows of the validation split to measure on during training; 0 for all."""
@@ -90,7 +92,9 @@ def main(config: Config) -> Result:
         head_dim=arch.head_dim,
         window_pattern=arch.window_pattern,
     )
-    length = horizon(cfg, ratio=config.ratio, steps=config.steps, batch_tokens=config.batch_tokens)
+    length = horizon(
+        cfg, ratio=config.ratio, steps=config.steps, batch_tokens=config.batch_tokens, lr_scale=config.lr_scale
+    )
     if length.batch_tokens % cfg.sequence_len:
         raise UserError(
             f"batch: {length.batch_tokens:,} tokens a step do not divide by the sequence length of {cfg.sequence_len}"

@@ -1,5 +1,6 @@
 """What every training stage does around its loss: open the run folder, resume, fit, save."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,13 @@ class ComputeConfig:
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     """Attention kernel: cudnn needs an NVIDIA GPU of Ampere's generation or newer."""
 
+    deterministic: bool = False
+    """Bitwise the same result each time on a GPU too, at the cost of speed; a CPU always is."""
+
     def resolve(self) -> Compute:
+        """What to compute with; must come before the first use of a device, which reads the flags set here."""
+        if self.deterministic:
+            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
         chosen = default_compute()
         return Compute(
             dtype=chosen.dtype if self.dtype == "auto" else self.dtype,

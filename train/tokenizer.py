@@ -37,7 +37,7 @@ class Config:
     out: Path = Path("runs/demo/tokenizer/tokenizer.model")
     """File for the tokenizer."""
     max_bytes: int = 200_000_000
-    """Text to train on at most; documents are sampled from a larger corpus. Takes about ten times this in memory."""
+    """Text to train on at most; documents are sampled from a larger corpus. All of it is held in memory."""
     seed: int = 0
     """Of the sampling."""
     val_fraction: float = 0.05
