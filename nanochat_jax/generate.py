@@ -10,7 +10,6 @@ import numpy as np
 
 from nanochat_jax import model
 from nanochat_jax.cache import KVCache, init_cache
-from nanochat_jax.config import ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute, default_compute
 
@@ -92,7 +91,7 @@ def choose(logits_BV: jax.Array, how: SamplingArrays, positions_B: jax.Array) ->
 
 def next_logits(
     params: model.Params,
-    cfg: ModelConfig,
+    cfg: model.Architecture,
     tokens_BT: jax.Array,
     cache: KVCache,
     counts_B: jax.Array,
@@ -109,22 +108,33 @@ class _Decoding(NamedTuple):
     cache: KVCache
     token_B: jax.Array  # chosen, not yet fed
     done_B: jax.Array
-    count: jax.Array  # tokens chosen so far, the same for all rows
+    chosen: jax.Array  # how many tokens, the same for all rows
     output_BT: jax.Array  # chosen tokens, -1 where a row has ended
 
 
 @partial(jax.jit, static_argnames=("cfg", "compute", "max_new", "max_len"))
-def _generate(params, prompts_BT, counts_B, how, stop_S, *, cfg, compute, max_new, max_len):
+def _generate(
+    params: model.Params,
+    prompts_BT: jax.Array,
+    counts_B: jax.Array,
+    how: SamplingArrays,
+    stop_S: jax.Array,
+    *,
+    cfg: model.Architecture,
+    compute: Compute,
+    max_new: int,
+    max_len: int,
+) -> jax.Array:
     B = prompts_BT.shape[0]
     logits_BV, cache = next_logits(
         params, cfg, prompts_BT, init_cache(cfg, B, compute.dtype, max_len), counts_B, compute
     )
 
-    def take(state: _Decoding, logits_BV) -> _Decoding:
+    def take(state: _Decoding, logits_BV: jax.Array) -> _Decoding:
         token_B = choose(logits_BV, how, state.cache.lengths_B)
         done_B = state.done_B | jnp.any(token_B[:, None] == stop_S[None, :], axis=1)
-        output_BT = state.output_BT.at[:, state.count].set(jnp.where(done_B, -1, token_B))
-        return state._replace(token_B=token_B, done_B=done_B, count=state.count + 1, output_BT=output_BT)
+        output_BT = state.output_BT.at[:, state.chosen].set(jnp.where(done_B, -1, token_B))
+        return state._replace(token_B=token_B, done_B=done_B, chosen=state.chosen + 1, output_BT=output_BT)
 
     def step(state: _Decoding) -> _Decoding:
         counts_B = jnp.where(state.done_B, 0, 1)
@@ -133,14 +143,14 @@ def _generate(params, prompts_BT, counts_B, how, stop_S, *, cfg, compute, max_ne
 
     empty = _Decoding(cache, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), jnp.int32(0), jnp.full((B, max_new), -1))
     final = jax.lax.while_loop(
-        lambda state: (state.count < max_new) & ~jnp.all(state.done_B), step, take(empty, logits_BV)
+        lambda state: (state.chosen < max_new) & ~jnp.all(state.done_B), step, take(empty, logits_BV)
     )
     return final.output_BT
 
 
 def generate(
     params: model.Params,
-    cfg: ModelConfig,
+    cfg: model.Architecture,
     prompts: list[list[int]],
     *,
     max_new_tokens: int,

@@ -1,6 +1,8 @@
 """The small pieces of the transformer, as plain functions of arrays."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +32,16 @@ def default_compute() -> Compute:
     return Compute("bfloat16", "xla")
 
 
-def param(module: nn.Module, name: str, init, shape, axes, dtype="float32") -> jax.Array:
+def param(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: str | jnp.dtype = "float32",
+) -> jax.Array:
     """Declare a parameter once: initialiser, shape, logical axis names (for sharding) and dtype."""
-    return module.param(name, nn.with_partitioning(init, axes), shape, jnp.dtype(dtype))
+    return cast(jax.Array, module.param(name, nn.with_partitioning(init, axes), shape, jnp.dtype(dtype)))
 
 
 def rms_norm(x: jax.Array) -> jax.Array:
@@ -56,15 +65,16 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     return table_VD[tokens_BT]
 
 
-def _embed_forward(table_VD, tokens_BT):
-    return embed(table_VD, tokens_BT), (tokens_BT, jnp.empty((table_VD.shape[0], 0), table_VD.dtype))
+def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    like_V0 = jnp.empty((table_VD.shape[0], 0), table_VD.dtype)  # carries the table's height and dtype, but no data
+    return embed(table_VD, tokens_BT), (tokens_BT, like_V0)
 
 
-def _embed_backward(residuals, grad_BTD):
-    tokens_BT, like_V = residuals
+def _embed_backward(residuals: tuple[jax.Array, jax.Array], grad_BTD: jax.Array) -> tuple[jax.Array, None]:
+    tokens_BT, like_V0 = residuals
     grads_ND = grad_BTD.reshape(-1, grad_BTD.shape[-1]).astype(jnp.float32)
-    table_grad_VD = jax.ops.segment_sum(grads_ND, tokens_BT.reshape(-1), num_segments=like_V.shape[0])
-    return table_grad_VD.astype(like_V.dtype), None
+    table_grad_VD = jax.ops.segment_sum(grads_ND, tokens_BT.reshape(-1), num_segments=like_V0.shape[0])
+    return table_grad_VD.astype(like_V0.dtype), None
 
 
 embed.defvjp(_embed_forward, _embed_backward)

@@ -28,7 +28,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 class MuonState(NamedTuple):
-    count: jax.Array  # int32, updates made
+    updates: jax.Array  # int32, how many were made
     momentum: Any  # like the parameters
     second_moment: Any  # of each parameter, one number per output (wide kernels) or per input
 
@@ -81,21 +81,20 @@ def muon(
 ) -> optax.GradientTransformation:
     """The update for matrices; schedules map the update count to a number, dtype is that of the iterations."""
 
-    def init(params):
-        def second_moment(param):
+    def init(params: Any) -> MuonState:
+        def second_moment(param: jax.Array) -> jax.Array:
             shape = list(param.shape)
             shape[_normuon_axis(param.shape)] = 1
             return jnp.zeros(shape, jnp.float32)
 
         return MuonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), jax.tree.map(second_moment, params))
 
-    def update(grads, state, params):
-        lr, mu, decay = learning_rate(state.count), momentum(state.count), weight_decay(state.count)
+    def update(grads: Any, state: MuonState, params: Any) -> tuple[Any, MuonState]:
+        lr, mu, decay = (schedule(state.updates) for schedule in (learning_rate, momentum, weight_decay))
         buffers = jax.tree.map(lambda m, g: m + (1 - mu) * (g - m), state.momentum, grads)
         nesterov = jax.tree.map(lambda g, m: (g + mu * (m - g)).astype(dtype), grads, buffers)
 
-        leaves, treedef = jax.tree.flatten(nesterov)
-        old_moments = treedef.flatten_up_to(state.second_moment)
+        leaves, old_moments = jax.tree.leaves(nesterov), jax.tree.leaves(state.second_moment)
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, leaf in enumerate(leaves):
             by_shape[leaf.shape].append(index)
@@ -106,12 +105,13 @@ def muon(
             for position, i in enumerate(indices):
                 directions[i], moments[i] = stack[position], moment[position]
 
-        def delta(direction, param):
+        def delta(direction: jax.Array, param: jax.Array) -> jax.Array:
             shape_lr = lr * max(1.0, param.shape[-1] / param.shape[-2]) ** 0.5
             agrees = (direction * param >= 0).astype(param.dtype)  # decay only where the step shrinks the weight too
             return -shape_lr * (direction + decay * param * agrees)
 
-        updates = jax.tree.map(delta, treedef.unflatten(directions), params)
-        return updates, MuonState(state.count + 1, buffers, treedef.unflatten(moments))
+        treedef = jax.tree.structure(params)
+        updates = jax.tree.map(delta, jax.tree.unflatten(treedef, directions), params)
+        return updates, MuonState(state.updates + 1, buffers, jax.tree.unflatten(treedef, moments))
 
     return optax.GradientTransformation(init, update)

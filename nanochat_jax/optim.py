@@ -29,7 +29,7 @@ def lr_multiplier(steps: int, cfg: OptimConfig) -> Schedule:
     """Linear warm-up, flat, linear warm-down to a fraction: a factor for every learning rate."""
     warmdown_steps = round(cfg.warmdown_fraction * steps)
 
-    def multiplier(step):
+    def multiplier(step: jax.Array) -> jax.Array:
         rising = (step + 1) / max(cfg.warmup_steps, 1)
         left = (steps - step) / max(warmdown_steps, 1)
         falling = left + (1 - left) * cfg.final_lr_fraction
@@ -42,7 +42,7 @@ def muon_momentum(steps: int, cfg: OptimConfig) -> Schedule:
     """0.85 → 0.97 over the first 400 steps, then 0.97, then → 0.90 across the warm-down."""
     warmdown_steps = round(cfg.warmdown_fraction * steps)
 
-    def momentum(step):
+    def momentum(step: jax.Array) -> jax.Array:
         warmup = step / MUON_WARMUP_STEPS
         progress = (step - (steps - warmdown_steps)) / max(warmdown_steps, 1)
         late = jnp.where(step >= steps - warmdown_steps, 0.97 + progress * (0.90 - 0.97), 0.97)
@@ -59,10 +59,10 @@ def muon_weight_decay(steps: int, initial: float) -> Schedule:
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Run a transformation in float32 while its state is stored in each parameter's own dtype."""
 
-    def widen(tree):
+    def widen(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
 
-    def update(grads, state, params):
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         updates, new_state = inner.update(widen(grads), widen(state), widen(params))
         return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
 

@@ -86,7 +86,7 @@ def state_shardings(mesh: Mesh, state: Any, logical_axes: Any) -> Any:
         )
     }
 
-    def place(path, like):
+    def place(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> NamedSharding:
         names = _names(path)
         for start in range(len(names)):
             shape, sharding = by_path.get(names[start:], (None, None))

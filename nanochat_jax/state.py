@@ -45,7 +45,9 @@ def new_state(
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
 
 
-def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, like: TrainState, seed: int):
+def make_train_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, like: TrainState, seed: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted train step: (state, batch of micro-batches (A, B, …)) → (state, StepMetrics).
 
     Gradients are summed over micro-batches and divided by the step's count of targets once, so that accumulation
@@ -58,7 +60,7 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, like: Tra
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         accumulate = next(iter(batch.values())).shape[0]
 
-        def accumulate_one(total, item):
+        def accumulate_one(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             index, micro = item
             sums = grad_fn(state.params, micro, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, sums), None

@@ -48,7 +48,10 @@ def pretrain(data: Path, out: Path, *flags: str) -> list[float]:
         "--model.head-dim", "64", "--steps", "30", "--batch-tokens", "512", "--optim.warmup-steps", "2",
         "--lr-scale", "0.3", *flags,
     ]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
     subprocess.run(command, env=environment, check=True)
     return [record["loss"] for record in read_metrics(out) if "loss" in record]
 

@@ -132,7 +132,9 @@ def test_a_finished_run_is_left_as_it_is(tiny_data, whole, environment):
 
 def test_the_mesh_and_the_micro_batch_do_not_change_the_losses(tiny_data, tmp_path, whole):
     one = pretrain.main(config(tiny_data, tmp_path / "a", run={"mesh": MeshConfig(2, 2, 2)}))
-    np.testing.assert_allclose([loss for _, loss in losses(tmp_path / "a")], [loss for _, loss in losses(whole)], rtol=2e-4)
+    np.testing.assert_allclose(
+        [loss for _, loss in losses(tmp_path / "a")], [loss for _, loss in losses(whole)], rtol=2e-4
+    )
     assert int(one.state.step) == STEPS
 
 

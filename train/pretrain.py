@@ -6,14 +6,14 @@ scaling laws have it; every one of them can be set by hand. The same command run
     python -m train.pretrain --data runs/demo/data --run.out runs/demo/base --model.depth 4
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-
 
 import jax
 import numpy as np
-
 from tqdm import tqdm
 
 from nanochat_jax import model, optim, sharding, tokenizer
@@ -35,7 +35,7 @@ from nanochat_jax.layers import Compute
 from nanochat_jax.loop import Hook
 from nanochat_jax.state import Batch, LossFn, TrainState
 from train import cli
-from train.stage import RunConfig, Stage, run_stage
+from train.stage import RunConfig, Stage, micro_batches, run_stage
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ def main(config: Config) -> Result:
 
     def hooks(mesh: jax.sharding.Mesh) -> list[Hook]:
         return [
-            validation_hook(config, cfg, val_records, tok, compute, mesh, rows),
+            validation_hook(
+                config, cfg, val_records, tok, compute, mesh, rows // micro_batches(rows, config.run, mesh)
+            ),
             sample_hook(config.run.sample_every, cfg, tok, compute, config.prompts),
         ]
 
@@ -163,12 +165,15 @@ def validation_hook(
     mesh: jax.sharding.Mesh,
     rows: int,
 ) -> Hook:
-    """Bits per byte of the validation split, in batches as large as a device's micro-batch."""
+    """Bits per byte of the validation split, in batches of as many rows as a micro-batch has."""
     evaluate = make_evaluator(cfg, tok.byte_lengths, compute)
 
     def run(step: int, state: TrainState) -> dict[str, float]:
-        batches = records.validation_batches(val_records, rows)
-        measured = evaluate(state.params, (sharding.put_batch(mesh, batch) for batch in batches))
+        batches = records.validation_batches(
+            val_records, rows, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        some = islice(batches, math.ceil(config.eval_rows / rows) or None)
+        measured = evaluate(state.params, (sharding.put_batch(mesh, batch) for batch in some))
         return {"val_bpb": measured.bpb, "val_loss": measured.loss}
 
     return Hook(config.run.eval_every, run)

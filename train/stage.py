@@ -89,7 +89,7 @@ class Stage:
     hooks: Callable[[jax.sharding.Mesh], list[Hook]]  # run before the checkpoint is saved
 
 
-def micro_batches(rows_per_step: int, micro_batch: int, mesh: jax.sharding.Mesh) -> int:
+def micro_batches(rows_per_step: int, run: RunConfig, mesh: jax.sharding.Mesh) -> int:
     """How many micro-batches make a step.
 
     Raises:
@@ -99,6 +99,7 @@ def micro_batches(rows_per_step: int, micro_batch: int, mesh: jax.sharding.Mesh)
     if rows_per_step % parts:
         raise UserError(f"batch: {rows_per_step} rows a step do not divide by {parts} data-parallel devices")
     per_device = rows_per_step // parts
+    micro_batch = run.micro_batch
     if micro_batch == 0:
         micro_batch = max(size for size in range(1, min(32, per_device) + 1) if per_device % size == 0)
     if per_device % micro_batch:
@@ -121,7 +122,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         The final state and the mesh that it lies on.
     """
     mesh = sharding.make_mesh(run.mesh)
-    accumulate = micro_batches(stage.rows_per_step, run.micro_batch, mesh)
+    accumulate = micro_batches(stage.rows_per_step, run, mesh)
     like = state.abstract_state(stage.init_params, stage.tx, model.logical_axes(stage.cfg), mesh)
     recipe = to_json(stage.recipe)
     best = "val_bpb"
