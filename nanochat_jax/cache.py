@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.config import ModelConfig
+from nanochat_jax.config import Architecture
 
 
 class KVCache(NamedTuple):
@@ -20,7 +20,7 @@ class KVCache(NamedTuple):
     last_embed_BD: jax.Array  # embedding of the last token before smear; zero in an empty row
 
 
-def init_cache(cfg: ModelConfig, batch: int, dtype: str, max_len: int | None = None) -> KVCache:
+def init_cache(cfg: Architecture, batch: int, dtype: str, max_len: int | None = None) -> KVCache:
     """An empty cache for rows of up to max_len tokens (default: the model's sequence_len)."""
     slots = [min(max_len or cfg.sequence_len, spec.window + 1) for spec in cfg.layer_specs()]
     shapes = [(batch, S, cfg.n_kv_head, cfg.head_dim) for S in slots]

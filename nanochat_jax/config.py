@@ -4,18 +4,17 @@ Pure arithmetic on the standard library: nothing here touches JAX or a device. F
 nanochat (karpathy/nanochat, commit 92d63d4).
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import write_bytes
 
 SMEAR_CHANNELS = 24  # of the embedding, read by the smear gate
 VE_GATE_CHANNELS = 12  # of the attention input, read by the value-embedding gate
@@ -31,6 +30,30 @@ class LayerSpec:
 
     window: int  # keys a query sees before its own position
     has_value_embed: bool
+
+
+class Architecture(Protocol):
+    """What every architecture's config tells the rest of the program."""
+
+    @property
+    def sequence_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def padded_vocab_size(self) -> int: ...
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def n_head(self) -> int: ...
+    @property
+    def n_kv_head(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    def layer_specs(self) -> tuple[LayerSpec, ...]: ...
+    def param_counts(self) -> dict[str, int]: ...
+    def flops_per_token(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -82,6 +105,28 @@ class ModelConfig:
             for i, kind in enumerate(kinds)
         )
 
+    def param_counts(self) -> dict[str, int]:
+        """Number of parameters by kind, the padding of the vocabulary tables included."""
+        kv_dim = self.n_kv_head * self.head_dim
+        value_layers = sum(spec.has_value_embed for spec in self.layer_specs())
+        table = self.padded_vocab_size * self.n_embd
+        attention = 2 * self.n_embd * self.n_embd + 2 * self.n_embd * kv_dim
+        counts = {
+            "wte": table,
+            "value_embeds": value_layers * self.padded_vocab_size * kv_dim,
+            "lm_head": table,
+            "transformer_matrices": self.n_layer * (attention + 8 * self.n_embd**2)
+            + value_layers * VE_GATE_CHANNELS * self.n_kv_head,
+            "scalars": 2 * self.n_layer + SMEAR_CHANNELS + 2,
+        }
+        return counts | {"total": sum(counts.values())}
+
+    def flops_per_token(self) -> int:
+        """Model FLOPs of forward and backward for one token, by upstream's formula (the one MFU is quoted with)."""
+        counts = self.param_counts()
+        matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_CHANNELS
+        return 6 * matmul_params + sum(12 * self.n_embd * spec.window for spec in self.layer_specs())
+
 
 def from_depth(
     depth: int,
@@ -96,30 +141,6 @@ def from_depth(
         raise UserError(f"model: depth={depth} must be at least 1")
     n_head = math.ceil(64 * depth / head_dim)
     return ModelConfig(sequence_len, vocab_size, depth, n_head, n_head, n_head * head_dim, window_pattern)
-
-
-def param_counts(cfg: ModelConfig) -> dict[str, int]:
-    """Number of parameters by kind, the padding of the vocabulary tables included."""
-    kv_dim = cfg.n_kv_head * cfg.head_dim
-    value_layers = sum(spec.has_value_embed for spec in cfg.layer_specs())
-    table = cfg.padded_vocab_size * cfg.n_embd
-    attention = 2 * cfg.n_embd * cfg.n_embd + 2 * cfg.n_embd * kv_dim
-    counts = {
-        "wte": table,
-        "value_embeds": value_layers * cfg.padded_vocab_size * kv_dim,
-        "lm_head": table,
-        "transformer_matrices": cfg.n_layer * (attention + 8 * cfg.n_embd**2)
-        + value_layers * VE_GATE_CHANNELS * cfg.n_kv_head,
-        "scalars": 2 * cfg.n_layer + SMEAR_CHANNELS + 2,
-    }
-    return counts | {"total": sum(counts.values())}
-
-
-def flops_per_token(cfg: ModelConfig) -> int:
-    """Model FLOPs of forward and backward for one token, by upstream's formula (the one MFU is quoted with)."""
-    counts = param_counts(cfg)
-    matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_CHANNELS
-    return 6 * matmul_params + sum(12 * cfg.n_embd * spec.window for spec in cfg.layer_specs())
 
 
 @dataclass(frozen=True)
@@ -182,7 +203,7 @@ def horizon(
 
 
 def _scaling_params(cfg: ModelConfig) -> int:
-    counts = param_counts(cfg)
+    counts = cfg.param_counts()
     return counts["transformer_matrices"] + counts["lm_head"]
 
 
@@ -247,17 +268,5 @@ def _from_json_value(hint: Any, value: Any, where: str) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    text = json.dumps(to_json(value), indent=2) + "\n"
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
+    """Write a dataclass, or plain values, as a JSON file."""
+    write_bytes(path, (json.dumps(to_json(value), indent=2) + "\n").encode())

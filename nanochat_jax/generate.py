@@ -1,5 +1,6 @@
 """Sampling with a key-value cache: prefill the prompts, then one compiled loop over new tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 
 from nanochat_jax import model
 from nanochat_jax.cache import KVCache, init_cache
+from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute, default_compute
 
@@ -25,6 +27,7 @@ class Sampling:
     top_p: float = 1.0  # only the likeliest that together reach this probability
     min_p: float = 0.0  # only those at least this fraction as likely as the likeliest
     seed: int = 0
+    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and the answer so far become less likely
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -37,61 +40,105 @@ class Sampling:
             raise UserError(f"sampling: min_p={self.min_p} must lie between 0 and 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"sampling: seed={self.seed} must lie between 0 and 2**32 - 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"sampling: repetition_penalty={self.repetition_penalty} must be a positive number")
 
 
 class SamplingArrays(NamedTuple):
     """Sampling for each row of a batch."""
 
-    temperature_B: jax.Array
-    top_k_B: jax.Array
-    top_p_B: jax.Array
-    min_p_B: jax.Array
-    key_B: jax.Array  # typed PRNG keys
+    temperature_B: jax.Array | np.ndarray
+    top_k_B: jax.Array | np.ndarray
+    top_p_B: jax.Array | np.ndarray
+    min_p_B: jax.Array | np.ndarray
+    seed_B: jax.Array | np.ndarray
+    repetition_penalty_B: jax.Array | np.ndarray
 
     @classmethod
-    def of(cls, rows: list[Sampling]) -> "SamplingArrays":
+    def of(cls, rows: Sequence[Sampling]) -> "SamplingArrays":
         return cls(
-            temperature_B=jnp.array([row.temperature for row in rows], jnp.float32),
-            top_k_B=jnp.array([row.top_k for row in rows], jnp.int32),
-            top_p_B=jnp.array([row.top_p for row in rows], jnp.float32),
-            min_p_B=jnp.array([row.min_p for row in rows], jnp.float32),
-            key_B=jax.vmap(jax.random.key)(np.array([row.seed for row in rows], np.uint32)),
+            temperature_B=np.array([row.temperature for row in rows], np.float32),
+            top_k_B=np.array([row.top_k for row in rows], np.int32),
+            top_p_B=np.array([row.top_p for row in rows], np.float32),
+            min_p_B=np.array([row.min_p for row in rows], np.float32),
+            seed_B=np.array([row.seed for row in rows], np.uint32),
+            repetition_penalty_B=np.array([row.repetition_penalty for row in rows], np.float32),
         )
 
 
-def choose(logits_BV: jax.Array, how: SamplingArrays, positions_B: jax.Array) -> jax.Array:
+def choose(logits_BV: jax.Array, how: SamplingArrays, positions_B: jax.Array, seen_BV: jax.Array) -> jax.Array:
     """Choose a token for each row.
 
-    A row's choice depends on its own logits, seed and position alone, never on its neighbours.
+    A row's choice depends on its own logits, sampling, position and seen tokens alone, never on its neighbours.
 
     Args:
         logits_BV: float32.
         how: each row's sampling.
         positions_B: int32, position that the chosen token will have; varies the randomness.
+        seen_BV: bool, the tokens that the repetition penalty is for.
 
     Returns:
         (B,) int32 token ids.
+
+    Source: the penalty is CTRL's (arXiv:1909.05858, section 4.1).
     """
-    V = logits_BV.shape[1]
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    scaled_BV = logits_BV / jnp.where(how.temperature_B > 0, how.temperature_B, 1.0)[:, None]
-    order_BV = jnp.argsort(-scaled_BV, axis=-1, stable=True)
-    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
-    rank_1V = jnp.arange(V, dtype=jnp.int32)[None, :]
-    probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-    top_k_B = jnp.where(how.top_k_B > 0, how.top_k_B, V)
-    kept_BV = (rank_1V < top_k_B[:, None]) & (before_BV < how.top_p_B[:, None])
-    kept_BV &= (probs_BV >= how.min_p_B[:, None] * probs_BV[:, :1]) | (rank_1V == 0)
-    keys_B = jax.vmap(jax.random.fold_in)(how.key_B, positions_B)
-    rank_B = jax.vmap(jax.random.categorical)(keys_B, jnp.where(kept_BV, sorted_BV, -jnp.inf))
-    drawn_B = jnp.take_along_axis(order_BV, rank_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
-    return jnp.where(how.temperature_B > 0, drawn_B, greedy_B)
+    penalty_B1 = jnp.where(seen_BV, how.repetition_penalty_B[:, None], 1.0)
+    logits_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)  # so that no temperature overflows
+    probs_BV = jax.nn.softmax(below_BV / jnp.where(how.temperature_B > 0, how.temperature_B, 1.0)[:, None], axis=-1)
+    # Most of the sampler's time; whether it is spent depends on the neighbours, what comes of it does not.
+    least_B = jax.lax.cond(
+        jnp.any((how.top_k_B > 0) | (how.top_p_B < 1)),
+        lambda: least_probability(probs_BV, how.top_k_B, how.top_p_B),
+        lambda: jnp.zeros_like(probs_BV[:, 0]),
+    )
+    least_B = jnp.maximum(least_B, how.min_p_B * jnp.max(probs_BV, axis=-1))
+    kept_BV = jnp.where(probs_BV >= least_B[:, None], probs_BV, 0.0)
+    # One random number a row, where Gumbel noise would take V. A parallel sum may fall by a rounding error from one
+    # token to the next, hence the second condition: a token that is not kept is never drawn.
+    mass_BV = jnp.cumsum(kept_BV, axis=-1)
+    draw_B = jax.vmap(lambda seed, position: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position)))(
+        how.seed_B, positions_B
+    )
+    drawn_B = jnp.argmax((mass_BV > draw_B[:, None] * mass_BV.max(-1, keepdims=True)) & (kept_BV > 0), axis=-1)
+    return jnp.where(how.temperature_B > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+def least_probability(probs_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """The probability from which on tokens are kept: those with fewer than top_k, and less than top_p, before them.
+
+    Bisects the bit patterns of the floats, which are ordered as the floats are: exact, and several times faster
+    than sorting. Tokens exactly as likely as the last one kept are kept too.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
+    most_B = jnp.where(top_k_B > 0, top_k_B, probs_BV.shape[1] + 1)
+    mass_B = jnp.where(top_p_B < 1, top_p_B, jnp.inf)  # a sum of everything may round to 1
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds
+        middle_B = (low_B + high_B) // 2
+        likelier_BV = bits_BV > middle_B[:, None]
+        before_B = jnp.sum(jnp.where(likelier_BV, probs_BV, 0.0), axis=-1)
+        enough_B = (jnp.sum(likelier_BV, axis=-1) < most_B) & (before_B < mass_B)
+        return jnp.where(enough_B, low_B, middle_B + 1), jnp.where(enough_B, middle_B, high_B)
+
+    one = int(np.float32(1).view(np.int32))
+    bounds = jnp.zeros_like(bits_BV[:, 0]), jnp.full_like(bits_BV[:, 0], one)
+    least_B = jax.lax.fori_loop(0, one.bit_length(), halve, bounds)[1]
+    return jax.lax.bitcast_convert_type(least_B, jnp.float32)
+
+
+def mark_seen(seen_BV: jax.Array, tokens_BT: jax.Array, counts_B: jax.Array) -> jax.Array:
+    """Note the first counts_B of each row's tokens."""
+    B, T = tokens_BT.shape
+    real_BT = jnp.arange(T, dtype=jnp.int32)[None, :] < counts_B[:, None]
+    tokens_BT = jnp.where(real_BT, tokens_BT, seen_BV.shape[1])  # out of range, hence dropped
+    return seen_BV.at[jnp.arange(B)[:, None], tokens_BT].set(True, mode="drop")
 
 
 def next_logits(
     params: model.Params,
-    cfg: model.Architecture,
+    cfg: Architecture,
     tokens_BT: jax.Array,
     cache: KVCache,
     counts_B: jax.Array,
@@ -108,6 +155,7 @@ class _Decoding(NamedTuple):
     cache: KVCache
     token_B: jax.Array  # chosen, not yet fed
     done_B: jax.Array
+    seen_BV: jax.Array  # tokens of prompt and output, for the repetition penalty
     chosen: jax.Array  # how many tokens, the same for all rows
     output_BT: jax.Array  # chosen tokens, -1 where a row has ended
 
@@ -120,7 +168,7 @@ def _generate(
     how: SamplingArrays,
     stop_S: jax.Array,
     *,
-    cfg: model.Architecture,
+    cfg: Architecture,
     compute: Compute,
     max_new: int,
     max_len: int,
@@ -131,17 +179,21 @@ def _generate(
     )
 
     def take(state: _Decoding, logits_BV: jax.Array) -> _Decoding:
-        token_B = choose(logits_BV, how, state.cache.lengths_B)
+        token_B = choose(logits_BV, how, state.cache.lengths_B, state.seen_BV)
         done_B = state.done_B | jnp.any(token_B[:, None] == stop_S[None, :], axis=1)
+        seen_BV = mark_seen(state.seen_BV, token_B[:, None], jnp.ones(B, jnp.int32))
         output_BT = state.output_BT.at[:, state.chosen].set(jnp.where(done_B, -1, token_B))
-        return state._replace(token_B=token_B, done_B=done_B, chosen=state.chosen + 1, output_BT=output_BT)
+        return _Decoding(state.cache, token_B, done_B, seen_BV, state.chosen + 1, output_BT)
 
     def step(state: _Decoding) -> _Decoding:
         counts_B = jnp.where(state.done_B, 0, 1)
         logits_BV, cache = next_logits(params, cfg, state.token_B[:, None], state.cache, counts_B, compute)
         return take(state._replace(cache=cache), logits_BV)
 
-    empty = _Decoding(cache, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), jnp.int32(0), jnp.full((B, max_new), -1))
+    seen_BV = mark_seen(jnp.zeros((B, cfg.vocab_size), bool), prompts_BT, counts_B)
+    empty = _Decoding(
+        cache, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), seen_BV, jnp.int32(0), jnp.full((B, max_new), -1)
+    )
     final = jax.lax.while_loop(
         lambda state: (state.chosen < max_new) & ~jnp.all(state.done_B), step, take(empty, logits_BV)
     )
@@ -150,7 +202,7 @@ def _generate(
 
 def generate(
     params: model.Params,
-    cfg: model.Architecture,
+    cfg: Architecture,
     prompts: list[list[int]],
     *,
     max_new_tokens: int,

@@ -60,23 +60,21 @@ class GPT2Config:
         """Every layer sees the whole sequence."""
         return (LayerSpec(window=self.sequence_len, has_value_embed=False),) * self.n_layer
 
+    def param_counts(self) -> dict[str, int]:
+        """Number of parameters by kind, the padding of the vocabulary table included; the head is wte itself."""
+        D = self.n_embd
+        counts = {
+            "wte": self.padded_vocab_size * D,
+            "wpe": self.sequence_len * D,
+            "transformer_matrices": self.n_layer * 12 * D**2,
+            "vectors": (2 * self.n_layer + 1) * D * (1 + self.bias) + self.n_layer * 9 * D * self.bias,
+        }
+        return counts | {"total": sum(counts.values())}
 
-def param_counts(cfg: GPT2Config) -> dict[str, int]:
-    """Number of parameters by kind, the padding of the vocabulary table included; the head is wte itself."""
-    D = cfg.n_embd
-    counts = {
-        "wte": cfg.padded_vocab_size * D,
-        "wpe": cfg.sequence_len * D,
-        "transformer_matrices": cfg.n_layer * 12 * D**2,
-        "vectors": (2 * cfg.n_layer + 1) * D * (1 + cfg.bias) + cfg.n_layer * 9 * D * cfg.bias,
-    }
-    return counts | {"total": sum(counts.values())}
-
-
-def flops_per_token(cfg: GPT2Config) -> int:
-    """Model FLOPs of forward and backward for one token, as nanoGPT counts them: 6 N + 12 L D T, N without wpe."""
-    counts = param_counts(cfg)
-    return 6 * (counts["total"] - counts["wpe"]) + 12 * cfg.n_layer * cfg.n_embd * cfg.sequence_len
+    def flops_per_token(self) -> int:
+        """Model FLOPs of forward and backward for one token, as nanoGPT counts them: 6 N + 12 L D T, N without wpe."""
+        counts = self.param_counts()
+        return 6 * (counts["total"] - counts["wpe"]) + 12 * self.n_layer * self.n_embd * self.sequence_len
 
 
 def _dense(

@@ -8,6 +8,7 @@ import jax
 
 from nanochat_jax import model, sharding, tokenizer
 from nanochat_jax.checkpoint import Checkpoints
+from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute, default_compute
 
@@ -15,7 +16,7 @@ from nanochat_jax.layers import Compute, default_compute
 @dataclass(frozen=True)
 class LoadedModel:
     params: model.Params
-    cfg: model.Architecture
+    cfg: Architecture
     tokenizer: tokenizer.Tokenizer
     compute: Compute
     step: int

@@ -5,7 +5,6 @@ other files see no Module. Matrices are (in, out); torch's are (out, in).
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from flax import linen as nn
 
 from nanochat_jax import attention, layers
 from nanochat_jax.cache import KVCache
-from nanochat_jax.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, LayerSpec, ModelConfig, from_json
+from nanochat_jax.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, Architecture, LayerSpec, ModelConfig, from_json
 from nanochat_jax.gpt2 import GPT2, GPT2Config
 from nanochat_jax.layers import LOGIT_CAP, Compute, linear, param, rms_norm
 from nanochat_jax.losses import cross_entropy, softcap
@@ -24,7 +23,6 @@ QK_SCALE = 1.2  # of normed queries and keys: sharper attention than unit vector
 Params = dict[str, Any]
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines
 Mix = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values → their attention
-Architecture = ModelConfig | GPT2Config
 
 
 def _normal(std: float) -> nn.initializers.Initializer:
@@ -159,7 +157,10 @@ class Transformer(nn.Module):
 
 def _module(cfg: Architecture, compute: Compute | None) -> nn.Module:
     compute = compute or layers.default_compute()
-    return GPT2(cfg, compute) if isinstance(cfg, GPT2Config) else Transformer(cfg, compute)
+    if isinstance(cfg, GPT2Config):
+        return GPT2(cfg, compute)
+    assert isinstance(cfg, ModelConfig)
+    return Transformer(cfg, compute)
 
 
 def config_from_json(values: dict[str, Any]) -> Architecture:
@@ -178,7 +179,6 @@ def init_params(key: jax.Array, cfg: Architecture, compute: Compute | None = Non
     return nn.unbox(jax.jit(_boxed_params, static_argnums=(1, 2))(key, cfg, compute))
 
 
-@cache
 def logical_axes(cfg: Architecture) -> Params:
     """The name of every axis of every parameter, in a tree like the parameters' (leaves are PartitionSpecs)."""
     boxed = jax.eval_shape(lambda: _boxed_params(jax.random.key(0), cfg, Compute()))

@@ -32,16 +32,13 @@ def abstract_state(
     init_params: Callable[[jax.Array], Params], tx: optax.GradientTransformation, logical_axes: Any, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState, without making one."""
-    state = jax.eval_shape(lambda key: new_state(key, init_params, tx), jax.random.key(0))
+    state = jax.eval_shape(lambda key: new_state(init_params(key), tx), jax.random.key(0))
     shardings = sharding.state_shardings(mesh, state, logical_axes)
     return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), state, shardings)
 
 
-def new_state(
-    key: jax.Array, init_params: Callable[[jax.Array], Params], tx: optax.GradientTransformation
-) -> TrainState:
-    """Fresh parameters and optimizer; jit it with out_shardings to make them where they belong."""
-    params = init_params(key)
+def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """Step 0 with a fresh optimizer; jit it with out_shardings to make it where it belongs."""
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
 
 

@@ -3,11 +3,9 @@
 import hashlib
 import io
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property
 from itertools import batched
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import sentencepiece
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import write_bytes
 
 CONTROL_TOKENS = (
     "<|bos|>",
@@ -98,21 +97,8 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, path: Path) -> None:
-        """Write the file in one step: it is either absent or whole."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(self.to_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise UserError(
-                f"cannot write {path}: {error.strerror}; free some space or choose another folder"
-            ) from error
+        """Write the file that `load` reads."""
+        write_bytes(path, self.to_bytes())
 
 
 def check_encodable(text: str) -> None:

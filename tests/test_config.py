@@ -13,7 +13,6 @@ from nanochat_jax.config import (
     from_depth,
     from_json,
     horizon,
-    param_counts,
     to_json,
     write_json,
 )
@@ -23,7 +22,7 @@ from nanochat_jax.errors import UserError
 def test_parameters_are_counted_as_they_are_made():
     cfg = ModelConfig(sequence_len=64, vocab_size=300, n_layer=5, n_head=4, n_kv_head=2, n_embd=64)
     shapes = jax.eval_shape(lambda: model.init_params(jax.random.key(0), cfg))
-    assert param_counts(cfg)["total"] == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert cfg.param_counts()["total"] == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def test_layer_specs_tile_the_pattern_and_end_long():

@@ -234,7 +234,7 @@ def test_full_disk_leaves_nothing_that_looks_finished(corpus, prepared, tmp_path
 
     out = tmp_path / "data"
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, "fsync", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(UserError, match="No space left on device"):
             prepare(make_config(corpus, out))
     real = records.array_record_module.ArrayRecordWriter

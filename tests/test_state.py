@@ -40,7 +40,7 @@ class Trainer:
 
         self.like = state.abstract_state(init, tx, model.logical_axes(CFG), self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.like)
-        self.state = jax.jit(lambda key: state.new_state(key, init, tx), out_shardings=shardings)(jax.random.key(0))
+        self.state = jax.jit(lambda key: state.new_state(init(key), tx), out_shardings=shardings)(jax.random.key(0))
         self.step = state.make_train_step(loss, tx, self.like, seed=0)
 
     def train(self, steps: int, accumulate: int = 1, start: int = 0) -> list[float]:

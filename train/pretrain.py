@@ -8,30 +8,25 @@ scaling laws have it; every one of them can be set by hand. The same command run
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import numpy as np
+import optax
 from tqdm import tqdm
 
-from nanochat_jax import model, optim, sharding, tokenizer
-from nanochat_jax.config import (
-    Horizon,
-    ModelConfig,
-    OptimConfig,
-    flops_per_token,
-    from_depth,
-    horizon,
-    param_counts,
-)
+from nanochat_jax import gpt2, model, optim, sharding, tokenizer
+from nanochat_jax.config import Architecture, ModelConfig, OptimConfig, from_depth, horizon
 from nanochat_jax.data import pretrain as records
 from nanochat_jax.data.records import load_manifest
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval.bpb import make_evaluator
 from nanochat_jax.generate import Sampling, generate
 from nanochat_jax.layers import Compute
+from nanochat_jax.load import load_model
 from nanochat_jax.loop import Hook
 from nanochat_jax.state import Batch, LossFn, TrainState
 from train import cli
@@ -40,7 +35,7 @@ from train.stage import RunConfig, Stage, micro_batches, run_stage
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The architecture, by its one dial; vocabulary and sequence length are those of the prepared data."""
+    """The nanochat architecture, by its one dial; vocabulary and sequence length are those of the prepared data."""
 
     depth: int = 12
     """Layers; the width is 64 times as much."""
@@ -55,16 +50,21 @@ class Config:
     data: Path
     """Folder made by train.prepare."""
     run: RunConfig
+    preset: Literal["nanochat", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "char", "char-cpu"] = "nanochat"
+    """nanochat is set by --model and --optim; the others are nanoGPT's runs: architecture, batch, steps and AdamW."""
     model: ModelArgs = field(default_factory=ModelArgs)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     ratio: float = 12.0
     """Training tokens per scaling parameter: 12 is compute-optimal, 8 nanochat's speedrun."""
     steps: int | None = None
-    """Optimizer steps, in place of what the ratio gives."""
+    """Optimizer steps, in place of what the ratio or the preset gives."""
     batch_tokens: int | None = None
-    """Tokens of an optimizer step, in place of the scaling law's."""
+    """Tokens of an optimizer step, in place of the scaling law's or the preset's."""
     lr_scale: float | None = None
-    """Factor of the learning rates, in place of sqrt(batch_tokens / 2^19); short runs of small batches want more."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Factor of the learning rates, in place of sqrt(batch_tokens / 2^19), or of the preset's 1; short runs of small
+    batches want more than the square root."""
+    init_from: Path | None = None
+    """Run whose parameters to start from, such as a converted GPT-2 to fine-tune; its architecture is taken too."""
     eval_rows: int = 0
     """Rows of the validation split to measure on during training; 0 for all."""
     prompts: tuple[str, ...] = ("The", "My fellow citizens", "In the year")
@@ -74,36 +74,36 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What the preset and the dials come to."""
+
+    cfg: Architecture
+    steps: int
+    rows: int
+    numbers: dict[str, Any]  # all that the optimizer is made of
+    tx: optax.GradientTransformation
+
+
+@dataclass(frozen=True)
 class Result:
     state: TrainState
-    cfg: ModelConfig
-    length: Horizon
+    plan: Plan
 
 
 def main(config: Config) -> Result:
     """Pretrain, and return the final state."""
     manifest = load_manifest(config.data)
     tok = tokenizer.load(config.data / "tokenizer.model")
-    arch = config.model
-    cfg = from_depth(
-        arch.depth,
-        vocab_size=tok.vocab_size,
-        sequence_len=manifest.sequence_len,
-        head_dim=arch.head_dim,
-        window_pattern=arch.window_pattern,
-    )
-    length = horizon(
-        cfg, ratio=config.ratio, steps=config.steps, batch_tokens=config.batch_tokens, lr_scale=config.lr_scale
-    )
-    if length.batch_tokens % cfg.sequence_len:
-        raise UserError(
-            f"batch: {length.batch_tokens:,} tokens a step do not divide by the sequence length of {cfg.sequence_len}"
-        )
-    rows = length.batch_tokens // cfg.sequence_len
     compute = config.run.compute.resolve()
+    start = None if config.init_from is None else load_model(config.init_from)
+    if start is not None and start.tokenizer.sha256 != tok.sha256:
+        raise UserError(f"{config.init_from} has another tokenizer than {config.data}; prepare the data with its own")
+    make_plan = plan_nanochat if config.preset == "nanochat" else plan_gpt2
+    plan = make_plan(config, tok.vocab_size, manifest.sequence_len, start.cfg if start else None, compute.dtype)
+    cfg, rows = plan.cfg, plan.rows
     train_records = records.open_split(config.data, "train", tokenizer_sha256=tok.sha256)
     val_records = records.open_split(config.data, "val", tokenizer_sha256=tok.sha256)
-    _announce(cfg, length, len(train_records))
+    _announce(plan, len(train_records))
 
     def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
         return records.batches(
@@ -112,45 +112,95 @@ def main(config: Config) -> Result:
         )  # fmt: skip
 
     def hooks(mesh: jax.sharding.Mesh) -> list[Hook]:
+        micro_rows = rows // micro_batches(rows, config.run, mesh)
         return [
-            validation_hook(
-                config, cfg, val_records, tok, compute, mesh, rows // micro_batches(rows, config.run, mesh)
-            ),
+            validation_hook(config, cfg, val_records, tok, compute, mesh, micro_rows),
             sample_hook(config.run.sample_every, cfg, tok, compute, config.prompts),
         ]
 
     stage = Stage(
         name="pretrain",
         recipe={
-            "architecture": "nanochat",
             "model": cfg,
-            "horizon": length,
-            "optim": config.optim,
+            "steps": plan.steps,
+            "rows": rows,
+            **plan.numbers,
             "seed": config.seed,
             "tokenizer": tok.sha256,
             "data": manifest.fingerprint,
             "compute_dtype": compute.dtype,
+            "init_from": {"folder": config.init_from, "step": start.step} if start else None,
         },
         cfg=cfg,
         tokenizer=tok,
-        tx=optim.make_optimizer(cfg, length, config.optim, compute.dtype),
+        tx=plan.tx,
         init_params=lambda key: model.init_params(key, cfg, compute),
+        start_params=start.params if start else None,
         loss_fn=language_model_loss(cfg, compute),
         batches=batches,
-        steps=length.steps,
+        steps=plan.steps,
         rows_per_step=rows,
         seed=config.seed,
         hooks=hooks,
     )
     final, _ = run_stage(stage, config.run, config)
-    return Result(final, cfg, length)
+    return Result(final, plan)
 
 
-def language_model_loss(cfg: model.Architecture, compute: Compute) -> LossFn:
+def plan_nanochat(config: Config, vocab_size: int, sequence_len: int, start: Architecture | None, dtype: str) -> Plan:
+    """nanochat's architecture and optimizer, from the one dial."""
+    cfg = from_depth(
+        config.model.depth,
+        vocab_size=vocab_size,
+        sequence_len=sequence_len,
+        head_dim=config.model.head_dim,
+        window_pattern=config.model.window_pattern,
+    )
+    if start is not None:
+        if not isinstance(start, ModelConfig):
+            raise UserError("--init-from holds a GPT-2: choose one of the gpt2 presets for its optimizer")
+        cfg = replace(start, sequence_len=sequence_len)
+    length = horizon(
+        cfg, ratio=config.ratio, steps=config.steps, batch_tokens=config.batch_tokens, lr_scale=config.lr_scale
+    )
+    tx = optim.make_optimizer(cfg, length, config.optim, dtype)
+    numbers = {"horizon": length, "optim": config.optim}
+    return Plan(cfg, length.steps, _rows(length.batch_tokens, cfg), numbers, tx)
+
+
+def plan_gpt2(config: Config, vocab_size: int, sequence_len: int, start: Architecture | None, dtype: str) -> Plan:
+    """nanoGPT's architecture and optimizer, from a preset."""
+    if (config.model, config.optim) != (ModelArgs(), OptimConfig()):
+        raise UserError(f"--model and --optim are nanochat's dials: they say nothing to --preset {config.preset}")
+    preset = gpt2.PRESETS[config.preset]
+    cfg = start or replace(preset.model, vocab_size=vocab_size, sequence_len=sequence_len)
+    if not isinstance(cfg, gpt2.GPT2Config):
+        raise UserError(f"--init-from holds a nanochat model, which --preset {config.preset} does not train")
+    if sequence_len != cfg.sequence_len:
+        raise UserError(f"the records have sequence-len={sequence_len}, the model to start from {cfg.sequence_len}")
+    steps = config.steps or preset.steps
+    numbers = replace(
+        preset.optim,
+        learning_rate=preset.optim.learning_rate * (config.lr_scale or 1.0),
+        warmup_steps=min(preset.optim.warmup_steps, steps // 10),
+    )
+    rows = _rows(config.batch_tokens or preset.batch_size * sequence_len, cfg)
+    return Plan(cfg, steps, rows, {"optim": numbers}, gpt2.make_gpt2_optimizer(numbers, steps))
+
+
+def _rows(batch_tokens: int, cfg: Architecture) -> int:
+    if batch_tokens % cfg.sequence_len:
+        raise UserError(
+            f"batch: {batch_tokens:,} tokens a step do not divide by the sequence length of {cfg.sequence_len}"
+        )
+    return batch_tokens // cfg.sequence_len
+
+
+def language_model_loss(cfg: Architecture, compute: Compute) -> LossFn:
     """Next-token cross-entropy, summed over the targets that count."""
 
     def loss(params: model.Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nats_BT = model.token_nats(params, cfg, batch["tokens"], batch["targets"], compute=compute)
+        nats_BT = model.token_nats(params, cfg, batch["tokens"], batch["targets"], compute=compute, dropout_key=key)
         return nats_BT.sum(), (batch["targets"] >= 0).sum()
 
     return loss
@@ -158,7 +208,7 @@ def language_model_loss(cfg: model.Architecture, compute: Compute) -> LossFn:
 
 def validation_hook(
     config: Config,
-    cfg: model.Architecture,
+    cfg: Architecture,
     val_records: records.Records,
     tok: tokenizer.Tokenizer,
     compute: Compute,
@@ -180,7 +230,7 @@ def validation_hook(
 
 
 def sample_hook(
-    every: int, cfg: model.Architecture, tok: tokenizer.Tokenizer, compute: Compute, prompts: tuple[str, ...]
+    every: int, cfg: Architecture, tok: tokenizer.Tokenizer, compute: Compute, prompts: tuple[str, ...]
 ) -> Hook:
     """Print how the model continues a few prompts."""
 
@@ -197,14 +247,14 @@ def sample_hook(
     return Hook(every, run)
 
 
-def _announce(cfg: model.Architecture, length: Horizon, records_count: int) -> None:
-    tokens = length.steps * length.batch_tokens
+def _announce(plan: Plan, records_count: int) -> None:
+    cfg, row_tokens = plan.cfg, plan.cfg.sequence_len
+    tokens = plan.steps * plan.rows * row_tokens
     print(
-        f"model: {cfg.n_layer} layers of width {cfg.n_embd}, {param_counts(cfg)['total']:,} parameters, "
-        f"{flops_per_token(cfg):,} FLOPs a token\n"
-        f"training: {length.steps:,} steps of {length.batch_tokens:,} tokens = {tokens:,} tokens, "
-        f"{tokens / (records_count * cfg.sequence_len):.2f} epochs, "
-        f"{tokens * flops_per_token(cfg):.3g} FLOPs"
+        f"model: {cfg.n_layer} layers of width {cfg.n_embd}, {cfg.param_counts()['total']:,} parameters, "
+        f"{cfg.flops_per_token():,} FLOPs a token\n"
+        f"training: {plan.steps:,} steps of {plan.rows * row_tokens:,} tokens = {tokens:,} tokens, "
+        f"{tokens / (records_count * row_tokens):.2f} epochs, {tokens * cfg.flops_per_token():.3g} FLOPs"
     )
 
 

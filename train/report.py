@@ -24,7 +24,8 @@ import numpy as np
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import from_json
 from nanochat_jax.errors import UserError
-from nanochat_jax.eval.report import Block, Code, Curves, Table, Text, series, to_html, to_markdown, write_text
+from nanochat_jax.eval.report import Block, Code, Curves, Table, Text, series, to_html, to_markdown
+from nanochat_jax.files import write_bytes
 from nanochat_jax.metrics import read_metrics
 from train import cli, evaluate, prepare, pretrain, tokenizer
 
@@ -222,8 +223,8 @@ def main(config: Config) -> dict[str, Path]:
     sections["Missing"] = [Text(note) for note in notes]
     title = f"nanochat-jax: {config.run.resolve().name}"
     paths = {"html": config.run / "report.html", "md": config.run / "report.md"}
-    write_text(paths["html"], to_html(title, sections))
-    write_text(paths["md"], to_markdown(title, sections))
+    write_bytes(paths["html"], to_html(title, sections).encode())
+    write_bytes(paths["md"], to_markdown(title, sections).encode())
     for note in notes:
         print(f"left out: {note}")
     print("report: " + ", ".join(map(str, paths.values())))

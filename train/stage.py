@@ -12,7 +12,7 @@ import optax
 
 from nanochat_jax import model, sharding, state
 from nanochat_jax.checkpoint import Checkpoints
-from nanochat_jax.config import ModelConfig, flops_per_token, to_json, write_json
+from nanochat_jax.config import Architecture, to_json, write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute, default_compute
 from nanochat_jax.loop import Hook, Units, fit
@@ -77,10 +77,11 @@ class Stage:
 
     name: str
     recipe: dict[str, Any]
-    cfg: ModelConfig
+    cfg: Architecture
     tokenizer: Tokenizer
     tx: optax.GradientTransformation
     init_params: Callable[[jax.Array], model.Params]
+    start_params: model.Params | None  # to start from, in place of fresh ones
     loss_fn: state.LossFn
     batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # from a step on
     steps: int
@@ -130,9 +131,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         train_state = _restore(checkpoints, like, recipe) if run.resume == "auto" else None
         write_json(run.out / "config.json", command)
         if train_state is None:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-            make = jax.jit(lambda key: state.new_state(key, stage.init_params, stage.tx), out_shardings=shardings)
-            train_state = make(jax.random.key(stage.seed))
+            train_state = _initial_state(stage, like)
         start = int(train_state.step)
         newest_metrics: dict[str, float] = {}
 
@@ -158,7 +157,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         compute = run.compute.resolve()
         peak, _ = peak_flops(compute.dtype)
         tokens = stage.rows_per_step * stage.cfg.sequence_len
-        units = Units(tokens, tokens * flops_per_token(stage.cfg), peak * jax.device_count())
+        units = Units(tokens, tokens * stage.cfg.flops_per_token(), peak * jax.device_count())
         wandb = {"project": run.wandb, "name": run.out.name, "config": to_json(command)} if run.wandb else None
         with MetricsLog(run.out, step=start, wandb=wandb) as log:
             if start < stage.steps:
@@ -173,6 +172,16 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
                     units=units,
                 )
     return train_state, mesh
+
+
+def _initial_state(stage: Stage, like: state.TrainState) -> state.TrainState:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    if stage.start_params is None:
+        fresh = jax.jit(lambda key: state.new_state(stage.init_params(key), stage.tx), out_shardings=shardings)
+        return fresh(jax.random.key(stage.seed))
+    cast = jax.tree.map(lambda leaf, as_in: leaf.astype(as_in.dtype), stage.start_params, like.params)
+    params = jax.device_put(cast, shardings.params)
+    return jax.jit(lambda params: state.new_state(params, stage.tx), out_shardings=shardings)(params)
 
 
 def _on_device(

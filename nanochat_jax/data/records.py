@@ -1,8 +1,6 @@
 """Token records on disk: what a prepared folder holds, and how Grain and TFDS both come to open it."""
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from array_record.python import array_record_module
 
 from nanochat_jax.config import from_json, write_json
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import replacing
 
 SPLITS = ("train", "val")
 
@@ -82,18 +81,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_shard(path: Path, records: list[bytes]) -> None:
     """Write an ArrayRecord file in one step; groups of one record make random access cheap."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        for record in records:
-            writer.write(encode_example(record))
-        writer.close()
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # ArrayRecord reports a full disk as RuntimeError
-        with suppress(OSError):
-            temporary.unlink()
+        with replacing(path) as temporary:
+            writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+            for record in records:
+                writer.write(encode_example(record))
+            writer.close()
+    except RuntimeError as error:  # how ArrayRecord reports a full disk
         raise UserError(f"cannot write {path}: {error}; free some space and run the same command again") from error
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import model
+from nanochat_jax.config import Architecture
 from nanochat_jax.layers import Compute
 from nanochat_jax.state import Batch
 
@@ -32,7 +33,7 @@ class BitsPerByte:
 
 
 def make_evaluator(
-    cfg: model.Architecture, byte_lengths_V: np.ndarray, compute: Compute
+    cfg: Architecture, byte_lengths_V: np.ndarray, compute: Compute
 ) -> Callable[[model.Params, Iterable[Batch]], BitsPerByte]:
     """A function that measures parameters on batches; compiled once.
 

@@ -6,19 +6,15 @@ does without them. All text is escaped: samples of a model may hold anything.
 
 import html
 import io
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from string import Template
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-
-from nanochat_jax.errors import UserError
 
 MAX_POINTS = 800  # of a curve: a page should stay small however long the run
 
@@ -159,20 +155,6 @@ def to_html(title: str, sections: dict[str, list[Block]]) -> str:
         if blocks
     ]
     return PAGE.substitute(title=html.escape(title), body="\n".join(body))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or mend its permissions") from error
 
 
 # The policy forbids every script and every request, whatever the text may contain.

@@ -18,10 +18,8 @@ from nanochat_jax.config import (
     Horizon,
     ModelConfig,
     OptimConfig,
-    flops_per_token,
     from_depth,
     horizon,
-    param_counts,
 )
 from nanochat_jax.interop import params_from_upstream
 from nanochat_jax.layers import Compute
@@ -186,7 +184,7 @@ def test_greedy_tokens(case):
 def test_derived_hyperparameters(row):
     """Everything that follows from the depth, exactly."""
     cfg = from_depth(row["depth"])
-    length, counts = horizon(cfg, ratio=row["ratio"]), param_counts(cfg)
+    length, counts = horizon(cfg, ratio=row["ratio"]), cfg.param_counts()
     scaling_params = counts["transformer_matrices"] + counts["lm_head"]
     assert row == {
         "depth": cfg.n_layer,
@@ -201,7 +199,7 @@ def test_derived_hyperparameters(row):
         "num_iterations": length.steps,
         "lr_scale": length.lr_scale,
         "weight_decay": length.weight_decay,
-        "flops_per_token": flops_per_token(cfg),
+        "flops_per_token": cfg.flops_per_token(),
         "matmul_params": scaling_params + SMEAR_CHANNELS,
         "kv_bytes_per_token_bf16": cfg.n_layer * 2 * cfg.n_kv_head * cfg.head_dim * 2,
     }
