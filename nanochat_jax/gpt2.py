@@ -5,7 +5,7 @@ Sources: openai/gpt-2, transformers' GPT2LMHeadModel (numerics), karpathy/nanoGP
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -250,22 +250,21 @@ def make_gpt2_optimizer(cfg: GPT2OptimConfig, steps: int) -> optax.GradientTrans
 
 @dataclass(frozen=True)
 class Preset:
-    """A known run: what is trained, for how long, how. A character tokenizer sets model.vocab_size itself."""
+    """A known run: what is trained, how, and for how long; the vocabulary is that of the tokenizer at hand."""
 
-    model: GPT2Config = field(default_factory=GPT2Config)
-    optim: GPT2OptimConfig = field(default_factory=GPT2OptimConfig)
-    batch_size: int = 480  # sequences a step
-    steps: int = 600_000
-    tokenizer: str = "gpt2"
+    model: GPT2Config
+    optim: GPT2OptimConfig
+    batch_size: int  # sequences a step
+    steps: int
 
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int, learning_rate: float) -> Preset:
-    model = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    return Preset(model, GPT2OptimConfig(learning_rate))
+    model = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=False)
+    return Preset(model, GPT2OptimConfig(learning_rate), batch_size=480, steps=600_000)
 
 
 def _char(model: GPT2Config, batch_size: int, steps: int) -> Preset:
-    return Preset(model, GPT2OptimConfig(1e-3, warmup_steps=100, beta2=0.99), batch_size, steps, tokenizer="char")
+    return Preset(model, GPT2OptimConfig(1e-3, warmup_steps=100, beta2=0.99), batch_size, steps)
 
 
 # nanoGPT: config/train_gpt2.py, config/train_shakespeare_char.py, README (char on a laptop's CPU).

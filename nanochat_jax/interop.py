@@ -4,11 +4,9 @@ Nothing that is read here runs code: torch files are opened with weights_only, p
 reader, all else is JSON. Torch is needed for whole checkpoints, and imported only there.
 """
 
-import contextlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import bpe, model
-from nanochat_jax.config import ModelConfig, from_json, write_json
+from nanochat_jax.config import Architecture, ModelConfig, from_json, write_json
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import replacing, write_bytes
 from nanochat_jax.layers import Compute
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -45,7 +44,7 @@ class Foreign:
     """A model from elsewhere, in our terms."""
 
     params: model.Params
-    cfg: model.Architecture
+    cfg: Architecture
     tokenizer: Tokenizer
     compute_dtype: str  # that the stored dtypes are those of
     step: int = 0  # of its training, as far as known
@@ -63,7 +62,7 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 
 def fill(
-    cfg: model.Architecture,
+    cfg: Architecture,
     arrays: Arrays,
     table: tuple[tuple[str, str], ...],
     adapt: Callable[[str, np.ndarray], np.ndarray],
@@ -167,11 +166,13 @@ def write_upstream(folder: Path, params: model.Params, cfg: ModelConfig, tok: To
         return torch.from_numpy(array)
 
     tensors = {name: tensor(array) for name, array in params_to_upstream(params).items()}
-    with _atomic(folder / f"model_{step:06d}.pt") as temporary:
-        torch.save(tensors, temporary)
+    with replacing(folder / f"model_{step:06d}.pt") as temporary:
+        try:
+            torch.save(tensors, temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(str(error)) from error
     if isinstance(tok, bpe.TiktokenTokenizer):
-        with _atomic(folder / "tokenizer.pkl") as temporary:
-            temporary.write_bytes(tok.to_pickle())
+        write_bytes(folder / "tokenizer.pkl", tok.to_pickle())
     else:
         tok.save(folder / "tokenizer.model")
     write_json(folder / f"meta_{step:06d}.json", {"step": step, "model_config": cfg})
@@ -198,6 +199,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is not a state dict (a dict of tensors by name)")
 
     def array(tensor: Any) -> np.ndarray:
+        tensor = tensor.detach()
         if tensor.dtype == torch.bfloat16:  # unknown to torch's numpy bridge
             return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
         return tensor.numpy()
@@ -216,18 +218,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: not a JSON object")
     return values
-
-
-@contextlib.contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` once it is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error

@@ -97,8 +97,3 @@ def smear(x_BTD: jax.Array, previous_BTD: jax.Array, gate_C1: jax.Array, scale: 
     """Mix a gated part of the previous token's embedding into each token's (a cheap bigram)."""
     gate_BT1 = scale.astype(x_BTD.dtype) * jax.nn.sigmoid(linear(x_BTD[..., : gate_C1.shape[0]], gate_C1))
     return x_BTD + gate_BT1 * previous_BTD
-
-
-def softcap(logits: jax.Array) -> jax.Array:
-    """Squash logits smoothly into ±15."""
-    return LOGIT_CAP * jnp.tanh(logits / LOGIT_CAP)

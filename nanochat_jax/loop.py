@@ -7,6 +7,7 @@ import contextlib
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -62,15 +63,21 @@ class StopSignal:
 
 
 class _Clock:
-    """Seconds of training alone: what hooks take is left out; the first step, which compiles, is not counted."""
+    """Seconds a step takes, averaged over the last few: results arrive in bursts, since dispatch runs ahead.
+
+    What hooks take is left out, and so is the first step, which compiles.
+    """
 
     def __init__(self) -> None:
         self._last: float | None = None
+        self._laps: deque[float] = deque(maxlen=10)
 
     def lap(self) -> float | None:
         now, last = time.perf_counter(), self._last
         self._last = now
-        return None if last is None else now - last
+        if last is not None:
+            self._laps.append(now - last)
+        return sum(self._laps) / len(self._laps) if self._laps else None
 
     def restart(self) -> None:
         self._last = time.perf_counter()
@@ -120,7 +127,7 @@ def fit(
         shown = f"loss {loss:.4f}"
         if seconds := clock.lap():
             values |= {
-                "seconds": seconds,
+                "seconds_per_step": seconds,
                 "tokens_per_second": units.tokens_per_step / seconds,
                 "mfu": units.flops_per_step / seconds / units.peak_flops,
             }

@@ -145,7 +145,11 @@ class Transformer(nn.Module):
             x_BTD = Block(cfg, spec, self.compute, name=f"block_{i}")(x_BTD, tokens_BT, rotation, mix)
             if i == cfg.n_layer // 2:
                 midway_BTD = x_BTD
-        x_BTD = rms_norm(x_BTD - backout_lambda[0].astype(dtype) * midway_BTD)
+        # In one or two layers the midway point is the end: backout would scale x, which the norm undoes, and its
+        # vanishing gradient would let the lambda drift past 1, where x changes sign.
+        if cfg.n_layer > 2:
+            x_BTD -= backout_lambda[0].astype(dtype) * midway_BTD
+        x_BTD = rms_norm(x_BTD)
         # Not used here: declared beside the rest, applied by unembed, so that losses can fuse it.
         param(self, "lm_head", _normal(0.001), (cfg.n_embd, cfg.padded_vocab_size), ("embed", "vocab"))
         if cache is None:

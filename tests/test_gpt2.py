@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -154,15 +155,16 @@ def test_dropped_attention_without_dropping_is_attention(tiny_params):
     """The branch with dropout on weights has its own attention: at a vanishing rate both agree."""
     tokens_BT = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 16))
     segments_BT = np.repeat([0, 1], 8)[None].repeat(2, axis=0)
-    barely = GPT2Config(**to_json(TINY) | {"dropout": 1e-9})
+    barely = replace(TINY, dropout=1e-9)
     with_branch, _ = trunk(tiny_params, barely, tokens_BT, segment_ids_BT=segments_BT, dropout_key=jax.random.key(0))
     without, _ = trunk(tiny_params, TINY, tokens_BT, segment_ids_BT=segments_BT)
     np.testing.assert_allclose(with_branch, without, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_parameter_counts(preset):
-    cfg = PRESETS[preset].model
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("preset", ["gpt2", "char"])
+def test_parameter_counts(preset, bias):
+    cfg = replace(PRESETS[preset].model, bias=bias)
     shapes = jax.eval_shape(lambda: model.init_params(jax.random.key(0), cfg, FLOAT32))
     assert cfg.param_counts()["total"] == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
@@ -176,7 +178,7 @@ def test_sizes_of_the_published_models():
         "gpt2-xl": 1_557_611_200,
     }
     for name, size in sizes.items():
-        cfg = PRESETS[name].model
+        cfg = replace(PRESETS[name].model, bias=True)
         padding = (cfg.padded_vocab_size - cfg.vocab_size) * cfg.n_embd
         assert cfg.param_counts()["total"] - padding == size
 

@@ -46,7 +46,7 @@ def pretrain(data: Path, out: Path, *flags: str) -> list[float]:
     command = [
         sys.executable, "-m", "train.pretrain", "--data", str(data), "--run.out", str(out), "--model.depth", "2",
         "--model.head-dim", "64", "--steps", "30", "--batch-tokens", "512", "--optim.warmup-steps", "2",
-        "--lr-scale", "0.3", *flags,
+        "--lr-scale", "0.1", *flags,
     ]  # fmt: skip
     environment = os.environ | {
         "XLA_FLAGS": "",

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import tiktoken
 from safetensors.numpy import save_file
 
-from nanochat_jax import bpe, gpt2_weights, interop, model
+from nanochat_jax import bpe, gpt2_weights, interop, model, tokenizer
 from nanochat_jax.char import CharTokenizer
 from nanochat_jax.config import ModelConfig, to_json, write_json
 from nanochat_jax.errors import UserError
@@ -188,14 +189,15 @@ class TestTorch:
         with pytest.raises(UserError, match=f"cannot read .*{name}"):
             interop.read_upstream(theirs[0])
 
-    def test_disk_full(self, theirs, tmp_path, monkeypatch):
-        def full(*_):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"cannot write .*model_000700\.pt: No space left"):
-            interop.write_upstream(tmp_path / "out", random_params(CFG), CFG, CharTokenizer("a"), 700)
-        assert not list((tmp_path / "out").iterdir())
+    def test_disk_full(self, tmp_path):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            with pytest.raises(UserError, match=r"cannot write .*model_000700\.pt"):
+                interop.write_upstream(tmp_path, random_params(CFG), CFG, CharTokenizer("a"), 700)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not list(tmp_path.iterdir())
 
 
 def test_folder_without_checkpoint_or_step(tmp_path):
@@ -266,6 +268,7 @@ def test_convert_gpt2(gpt2_folder, tmp_path):
     loaded = load_model(tmp_path / "run")
     assert loaded.cfg == GPT2Config(sequence_len=16, vocab_size=268, n_layer=2, n_head=2, n_embd=8)
     assert loaded.tokenizer.vocab_size == 268, "258 of GPT-2, of which one is <|bos|>, and ten control tokens"
+    assert tokenizer.load(tmp_path / "run" / "tokenizer.model").sha256 == loaded.tokenizer.sha256
     logits = model.forward(loaded.params, loaded.cfg, np.array([loaded.tokenizer.encode("the th")]), compute=FLOAT32)
     assert logits.shape == (1, 4, 268)
     with pytest.raises(UserError, match="holds a run already"):

@@ -12,8 +12,9 @@ And back, so that nanochat's own scripts load it:
 
     python -m train.convert --source runs/d20 --out ~/.cache/nanochat/base_checkpoints/d20 --to nanochat
 
-What comes in is a run like any other: train.sample, train.evaluate and fine-tuning take its folder. Optimizer state
-stays behind. Nothing that is read can run code: pickles are read by restricted readers only.
+What comes in is a run like any other: train.sample, train.evaluate and --init-from take its folder, and train.prepare
+the tokenizer.model in it. Optimizer state stays behind. Nothing that is read can run code: pickles are read by
+restricted readers only.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from typing import Literal
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import ModelConfig, to_json, write_json
 from nanochat_jax.errors import UserError
-from nanochat_jax.gpt2 import GPT2Config
 from nanochat_jax.gpt2_weights import read_gpt2
 from nanochat_jax.interop import Foreign, read_upstream, write_upstream
 from nanochat_jax.load import load_model
@@ -60,7 +60,6 @@ def _to_run(config: Config) -> None:
         raise UserError(f"{config.out} holds a run already; choose another folder")
     model = _read(config)
     recipe = {
-        "architecture": "gpt2" if isinstance(model.cfg, GPT2Config) else "nanochat",
         "model": to_json(model.cfg),
         "tokenizer": model.tokenizer.sha256,
         "compute_dtype": model.compute_dtype,
@@ -69,6 +68,7 @@ def _to_run(config: Config) -> None:
     with checkpoints:
         meta = {"stage": "convert", "recipe": recipe, "records": 0}
         checkpoints.save(model.step, {"params": model.params}, meta=meta, tokenizer=model.tokenizer.to_bytes())
+    model.tokenizer.save(config.out / "tokenizer.model")
     write_json(config.out / "config.json", config)
 
 

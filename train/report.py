@@ -81,7 +81,7 @@ def headline(run: Run) -> list[Block]:
     tiles = []
     for label, name, reduce, scale in (
         ("bits per byte in validation", "val_bpb", lambda values: values[-1], 1),
-        ("minutes of training", "seconds", np.sum, 1 / 60),
+        ("minutes of training", "seconds_per_step", np.sum, 1 / 60),
         ("tokens per second, median", "tokens_per_second", np.median, 1),
         ("MFU in %, median", "mfu", np.median, 100),
     ):
@@ -91,8 +91,8 @@ def headline(run: Run) -> list[Block]:
         arrays = [text.split()[0] for name, text in checkpoint["arrays"].items() if name.startswith("params/")]
         parameters = sum(math.prod(map(int, re.findall(r"\d+", text.partition("[")[2]))) for text in arrays)
         counts = {"parameters": parameters, "steps": checkpoint["step"]}
-        if horizon := checkpoint["meta"]["recipe"].get("horizon"):  # not in converted models
-            counts["tokens seen"] = checkpoint["step"] * horizon["batch_tokens"]
+        if records := checkpoint["meta"].get("records"):  # not in converted models
+            counts["tokens seen"] = records * checkpoint["meta"]["recipe"]["model"]["sequence_len"]
         tiles += [(label, _number(count)) for label, count in counts.items()]
     blocks: list[Block] = [Table(tiles, style="tiles")] if tiles else []
     if bpb := run["evaluation"].get("suites", {}).get("bpb"):
@@ -124,7 +124,7 @@ def tables(*names: str) -> Callable[[Run], list[Block]]:
 
 def architecture(run: Run) -> list[Block]:
     recipe = run["checkpoint"]["meta"]["recipe"] if run["checkpoint"] else {}
-    rows = flat({name: recipe[name] for name in ("model", "horizon") if name in recipe})
+    rows = flat({name: recipe[name] for name in ("model", "horizon", "optim") if name in recipe})
     return [Table(rows)] if rows else []
 
 

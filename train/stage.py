@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class ComputeConfig:
         if self.deterministic:
             os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
         chosen = default_compute()
+        if self.deterministic:
+            chosen = replace(chosen, attention="xla")  # cuDNN's backward pass adds up in any order
         return Compute(
             dtype=chosen.dtype if self.dtype == "auto" else self.dtype,
             attention=chosen.attention if self.attention == "auto" else self.attention,

@@ -7,16 +7,20 @@ million parameters, 32,768 one of a hundred million and more. Documents held out
 holds them out, given the same --val-fraction) are not trained on; how well they compress is reported. Beside the
 tokenizer lie its configuration (.config.json) and that report (.report.json). Everything downstream knows the
 tokenizer by its sha256: records and models made with one cannot be used with another.
+
+With --kind char every character of the text is a token, as in nanoGPT's quick start.
 """
 
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nanochat_jax import tokenizer as tokenizers
+from nanochat_jax.char import CharTokenizer
 from nanochat_jax.config import to_json, write_json
 from nanochat_jax.data.prepare import has_few_documents, split_document
 from nanochat_jax.data.records import read_json
@@ -36,6 +40,8 @@ class Config:
     """Tokens in all, 11 control tokens, 256 bytes and the unknown token included."""
     out: Path = Path("runs/demo/tokenizer/tokenizer.model")
     """File for the tokenizer."""
+    kind: Literal["sentencepiece", "char"] = "sentencepiece"
+    """sentencepiece learns vocab-size tokens; char takes the characters that occur, and needs no size."""
     max_bytes: int = 200_000_000
     """Text to train on at most; documents are sampled from a larger corpus. All of it is held in memory."""
     seed: int = 0
@@ -64,9 +70,11 @@ def main(config: Config) -> tokenizers.Tokenizer:
 
     started = time.perf_counter()
     held_out: list[str] = []
-    tokenizer = tokenizers.train(
-        _sample(source, config, held_out), config.vocab_size, character_coverage=config.character_coverage
-    )
+    sample = _sample(source, config, held_out)
+    if config.kind == "char":
+        tokenizer: tokenizers.Tokenizer = CharTokenizer.train(chain(sample, held_out))
+    else:
+        tokenizer = tokenizers.train(sample, config.vocab_size, character_coverage=config.character_coverage)
     seconds = time.perf_counter() - started
     report = {"sha256": tokenizer.sha256, "training_seconds": round(seconds, 1), **_compression(tokenizer, held_out)}
     write_json(config_path, recipe)

@@ -1,0 +1,130 @@
+"""How the next token is chosen: temperature, truncation and repetition penalty, for each row of a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanochat_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int = 0  # only the k likeliest; 0 for all
+    top_p: float = 1.0  # only the likeliest that together reach this probability
+    min_p: float = 0.0  # only those at least this fraction as likely as the likeliest
+    seed: int = 0
+    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and the answer so far become less likely
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"sampling: temperature={self.temperature} must be 0 or a positive number")
+        if self.top_k < 0:
+            raise UserError(f"sampling: top_k={self.top_k} must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampling: top_p={self.top_p} must lie above 0 and at most at 1")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"sampling: min_p={self.min_p} must lie between 0 and 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"sampling: seed={self.seed} must lie between 0 and 2**32 - 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"sampling: repetition_penalty={self.repetition_penalty} must be a positive number")
+
+
+class SamplingArrays(NamedTuple):
+    """Sampling for each row of a batch."""
+
+    temperature_B: jax.Array | np.ndarray
+    top_k_B: jax.Array | np.ndarray
+    top_p_B: jax.Array | np.ndarray
+    min_p_B: jax.Array | np.ndarray
+    seed_B: jax.Array | np.ndarray
+    repetition_penalty_B: jax.Array | np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling]) -> "SamplingArrays":
+        return cls(
+            temperature_B=np.array([row.temperature for row in rows], np.float32),
+            top_k_B=np.array([row.top_k for row in rows], np.int32),
+            top_p_B=np.array([row.top_p for row in rows], np.float32),
+            min_p_B=np.array([row.min_p for row in rows], np.float32),
+            seed_B=np.array([row.seed for row in rows], np.uint32),
+            repetition_penalty_B=np.array([row.repetition_penalty for row in rows], np.float32),
+        )
+
+
+def choose(logits_BV: jax.Array, how: SamplingArrays, positions_B: jax.Array, seen_BV: jax.Array) -> jax.Array:
+    """Choose a token for each row.
+
+    A row's choice depends on its own logits, sampling, position and seen tokens alone, never on its neighbours.
+
+    Args:
+        logits_BV: float32.
+        how: each row's sampling.
+        positions_B: int32, position that the chosen token will have; varies the randomness.
+        seen_BV: bool, the tokens that the repetition penalty is for.
+
+    Returns:
+        (B,) int32 token ids.
+
+    Source: the penalty is CTRL's (arXiv:1909.05858, section 4.1).
+    """
+    penalty_BV = jnp.where(seen_BV, how.repetition_penalty_B[:, None], 1.0)
+    logits_BV = jnp.where(logits_BV > 0, logits_BV / penalty_BV, logits_BV * penalty_BV)
+    # The largest logit is taken off before, and the temperature bounded, so that nothing overflows.
+    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    probs_BV = jax.nn.softmax(below_BV / jnp.maximum(how.temperature_B, 1e-6)[:, None], axis=-1)
+    # Most of the sampler's time; whether it is spent depends on the neighbours, what comes of it does not.
+    least_B = jax.lax.cond(
+        jnp.any((how.top_k_B > 0) | (how.top_p_B < 1)),
+        lambda: least_probability(probs_BV, how.top_k_B, how.top_p_B),
+        lambda: jnp.zeros_like(probs_BV[:, 0]),
+    )
+    least_B = jnp.maximum(least_B, how.min_p_B * jnp.max(probs_BV, axis=-1))
+    kept_BV = jnp.where(probs_BV >= least_B[:, None], probs_BV, 0.0)
+    # One random number a row, where Gumbel noise would take V. A parallel sum may fall by a rounding error from one
+    # token to the next, hence the second condition: a token that is not kept is never drawn.
+    mass_BV = jnp.cumsum(kept_BV, axis=-1)
+    draw_B = jax.vmap(lambda seed, position: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position)))(
+        how.seed_B, positions_B
+    )
+    drawn_B = jnp.argmax((mass_BV > draw_B[:, None] * mass_BV.max(-1, keepdims=True)) & (kept_BV > 0), axis=-1)
+    return jnp.where(how.temperature_B > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+def least_probability(probs_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """The probability from which on tokens are kept: those with fewer than top_k, and less than top_p, before them.
+
+    Bisects the bit patterns of the floats, which are ordered as the floats are: exact, and several times faster
+    than sorting. Tokens exactly as likely as the last one kept are kept too.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
+    most_B = jnp.where(top_k_B > 0, top_k_B, probs_BV.shape[1] + 1)
+    mass_B = jnp.where(top_p_B < 1, top_p_B, jnp.inf)  # a sum of everything may round to 1
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds
+        middle_B = (low_B + high_B) // 2
+        likelier_BV = bits_BV > middle_B[:, None]
+        before_B = jnp.sum(jnp.where(likelier_BV, probs_BV, 0.0), axis=-1)
+        enough_B = (jnp.sum(likelier_BV, axis=-1) < most_B) & (before_B < mass_B)
+        return jnp.where(enough_B, low_B, middle_B + 1), jnp.where(enough_B, middle_B, high_B)
+
+    one = int(np.float32(1).view(np.int32))
+    bounds = jnp.zeros_like(bits_BV[:, 0]), jnp.full_like(bits_BV[:, 0], one)
+    least_B = jax.lax.fori_loop(0, one.bit_length(), halve, bounds)[1]
+    return jax.lax.bitcast_convert_type(least_B, jnp.float32)
+
+
+def mark_seen(seen_BV: jax.Array, tokens_BT: jax.Array, counts_B: jax.Array) -> jax.Array:
+    """Note the first counts_B of each row's tokens."""
+    B, T = tokens_BT.shape
+    real_BT = jnp.arange(T, dtype=jnp.int32)[None, :] < counts_B[:, None]
+    tokens_BT = jnp.where(real_BT, tokens_BT, seen_BV.shape[1])  # out of range, hence dropped
+    return seen_BV.at[jnp.arange(B)[:, None], tokens_BT].set(True, mode="drop")
