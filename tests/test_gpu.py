@@ -60,7 +60,7 @@ def test_bfloat16_trains_like_float32(tiny_data, tmp_path):
     narrow = pretrain(tiny_data, tmp_path / "bf16", "--run.compute.attention", "xla")
     wide = pretrain(tiny_data, tmp_path / "f32", "--run.compute.dtype", "float32", "--run.compute.attention", "xla")
     assert narrow[-1] < narrow[0] - 0.5
-    np.testing.assert_allclose(narrow, wide, rtol=0.02)
+    np.testing.assert_allclose(narrow, wide, rtol=0.03)
 
 
 def test_a_deterministic_run_repeats_bitwise(tiny_data, tmp_path):
