@@ -1,9 +1,7 @@
-"""Sampling with a key-value cache: prefill the prompts, then one compiled loop over new tokens."""
+"""Continuing sequences with a key-value cache: prefill, the decoding loop, and generate, which is both."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,126 +12,9 @@ from nanochat_jax.cache import KVCache, init_cache
 from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute, default_compute
+from nanochat_jax.sampling import Sampling, SamplingArrays, choose, mark_seen
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 1.0  # 0 takes the likeliest token
-    top_k: int = 0  # only the k likeliest; 0 for all
-    top_p: float = 1.0  # only the likeliest that together reach this probability
-    min_p: float = 0.0  # only those at least this fraction as likely as the likeliest
-    seed: int = 0
-    repetition_penalty: float = 1.0  # above 1, tokens of the prompt and the answer so far become less likely
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"sampling: temperature={self.temperature} must be 0 or a positive number")
-        if self.top_k < 0:
-            raise UserError(f"sampling: top_k={self.top_k} must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"sampling: top_p={self.top_p} must lie above 0 and at most at 1")
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f"sampling: min_p={self.min_p} must lie between 0 and 1")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"sampling: seed={self.seed} must lie between 0 and 2**32 - 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"sampling: repetition_penalty={self.repetition_penalty} must be a positive number")
-
-
-class SamplingArrays(NamedTuple):
-    """Sampling for each row of a batch."""
-
-    temperature_B: jax.Array | np.ndarray
-    top_k_B: jax.Array | np.ndarray
-    top_p_B: jax.Array | np.ndarray
-    min_p_B: jax.Array | np.ndarray
-    seed_B: jax.Array | np.ndarray
-    repetition_penalty_B: jax.Array | np.ndarray
-
-    @classmethod
-    def of(cls, rows: Sequence[Sampling]) -> "SamplingArrays":
-        return cls(
-            temperature_B=np.array([row.temperature for row in rows], np.float32),
-            top_k_B=np.array([row.top_k for row in rows], np.int32),
-            top_p_B=np.array([row.top_p for row in rows], np.float32),
-            min_p_B=np.array([row.min_p for row in rows], np.float32),
-            seed_B=np.array([row.seed for row in rows], np.uint32),
-            repetition_penalty_B=np.array([row.repetition_penalty for row in rows], np.float32),
-        )
-
-
-def choose(logits_BV: jax.Array, how: SamplingArrays, positions_B: jax.Array, seen_BV: jax.Array) -> jax.Array:
-    """Choose a token for each row.
-
-    A row's choice depends on its own logits, sampling, position and seen tokens alone, never on its neighbours.
-
-    Args:
-        logits_BV: float32.
-        how: each row's sampling.
-        positions_B: int32, position that the chosen token will have; varies the randomness.
-        seen_BV: bool, the tokens that the repetition penalty is for.
-
-    Returns:
-        (B,) int32 token ids.
-
-    Source: the penalty is CTRL's (arXiv:1909.05858, section 4.1).
-    """
-    penalty_B1 = jnp.where(seen_BV, how.repetition_penalty_B[:, None], 1.0)
-    logits_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)  # so that no temperature overflows
-    probs_BV = jax.nn.softmax(below_BV / jnp.where(how.temperature_B > 0, how.temperature_B, 1.0)[:, None], axis=-1)
-    # Most of the sampler's time; whether it is spent depends on the neighbours, what comes of it does not.
-    least_B = jax.lax.cond(
-        jnp.any((how.top_k_B > 0) | (how.top_p_B < 1)),
-        lambda: least_probability(probs_BV, how.top_k_B, how.top_p_B),
-        lambda: jnp.zeros_like(probs_BV[:, 0]),
-    )
-    least_B = jnp.maximum(least_B, how.min_p_B * jnp.max(probs_BV, axis=-1))
-    kept_BV = jnp.where(probs_BV >= least_B[:, None], probs_BV, 0.0)
-    # One random number a row, where Gumbel noise would take V. A parallel sum may fall by a rounding error from one
-    # token to the next, hence the second condition: a token that is not kept is never drawn.
-    mass_BV = jnp.cumsum(kept_BV, axis=-1)
-    draw_B = jax.vmap(lambda seed, position: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position)))(
-        how.seed_B, positions_B
-    )
-    drawn_B = jnp.argmax((mass_BV > draw_B[:, None] * mass_BV.max(-1, keepdims=True)) & (kept_BV > 0), axis=-1)
-    return jnp.where(how.temperature_B > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
-
-
-def least_probability(probs_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """The probability from which on tokens are kept: those with fewer than top_k, and less than top_p, before them.
-
-    Bisects the bit patterns of the floats, which are ordered as the floats are: exact, and several times faster
-    than sorting. Tokens exactly as likely as the last one kept are kept too.
-    """
-    bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
-    most_B = jnp.where(top_k_B > 0, top_k_B, probs_BV.shape[1] + 1)
-    mass_B = jnp.where(top_p_B < 1, top_p_B, jnp.inf)  # a sum of everything may round to 1
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B, high_B = bounds
-        middle_B = (low_B + high_B) // 2
-        likelier_BV = bits_BV > middle_B[:, None]
-        before_B = jnp.sum(jnp.where(likelier_BV, probs_BV, 0.0), axis=-1)
-        enough_B = (jnp.sum(likelier_BV, axis=-1) < most_B) & (before_B < mass_B)
-        return jnp.where(enough_B, low_B, middle_B + 1), jnp.where(enough_B, middle_B, high_B)
-
-    one = int(np.float32(1).view(np.int32))
-    bounds = jnp.zeros_like(bits_BV[:, 0]), jnp.full_like(bits_BV[:, 0], one)
-    least_B = jax.lax.fori_loop(0, one.bit_length(), halve, bounds)[1]
-    return jax.lax.bitcast_convert_type(least_B, jnp.float32)
-
-
-def mark_seen(seen_BV: jax.Array, tokens_BT: jax.Array, counts_B: jax.Array) -> jax.Array:
-    """Note the first counts_B of each row's tokens."""
-    B, T = tokens_BT.shape
-    real_BT = jnp.arange(T, dtype=jnp.int32)[None, :] < counts_B[:, None]
-    tokens_BT = jnp.where(real_BT, tokens_BT, seen_BV.shape[1])  # out of range, hence dropped
-    return seen_BV.at[jnp.arange(B)[:, None], tokens_BT].set(True, mode="drop")
 
 
 def next_logits(
@@ -151,53 +32,130 @@ def next_logits(
     return model.unembed(params, cfg, last_B1D)[:, 0], cache_out
 
 
-class _Decoding(NamedTuple):
+def in_dtype(params: model.Params, dtype: str) -> model.Params:
+    """Cast the matrices once, as every step otherwise would; tables are only looked up in, and vectors are small."""
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        return leaf if leaf.ndim < 2 or path[-1].key in ("wte", "wpe") else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+class Rows(NamedTuple):
+    """Sequences so far, and what is known of their next tokens."""
+
     cache: KVCache
-    token_B: jax.Array  # chosen, not yet fed
-    done_B: jax.Array
-    seen_BV: jax.Array  # tokens of prompt and output, for the repetition penalty
-    chosen: jax.Array  # how many tokens, the same for all rows
-    output_BT: jax.Array  # chosen tokens, -1 where a row has ended
+    logits_BV: jax.Array  # float32
+    seen_BV: jax.Array  # bool, tokens that have occurred
 
 
-@partial(jax.jit, static_argnames=("cfg", "compute", "max_new", "max_len"))
+class Slots(NamedTuple):
+    """Rows, and how they go on."""
+
+    rows: Rows
+    halts_BV: jax.Array  # bool, tokens after which the host takes over
+    how: SamplingArrays
+
+
+def empty_rows(batch: int, cfg: Architecture, compute: Compute, context_len: int) -> Rows:
+    cache = init_cache(cfg, batch, compute.dtype, context_len)
+    return Rows(cache, jnp.zeros((batch, cfg.vocab_size)), jnp.zeros((batch, cfg.vocab_size), bool))
+
+
+def empty_slots(batch: int, cfg: Architecture, compute: Compute, context_len: int) -> Slots:
+    rows = empty_rows(batch, cfg, compute, context_len)
+    how = jax.tree.map(jnp.asarray, SamplingArrays.of([Sampling()] * batch))
+    return Slots(rows, jnp.zeros_like(rows.seen_BV), how)
+
+
+def insert(
+    slots: Slots, rows: Rows, slot: jax.Array, row: jax.Array, halts_1V: jax.Array, how_1: SamplingArrays
+) -> Slots:
+    """Put one of the rows, with what it halts at and how it is sampled, into a slot."""
+    new = Slots(jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, row, 1), rows), halts_1V, how_1)
+    return jax.tree.map(lambda slots, new: jax.lax.dynamic_update_slice_in_dim(slots, new, slot, 0), slots, new)
+
+
+def prefill(
+    params: model.Params,
+    rows: Rows,
+    tokens_BT: jax.Array,
+    counts_B: jax.Array,
+    *,
+    cfg: Architecture,
+    compute: Compute,
+) -> Rows:
+    """Append counts_B given tokens to each row."""
+    logits_BV, cache = next_logits(params, cfg, tokens_BT, rows.cache, counts_B, compute)
+    return Rows(cache, logits_BV, mark_seen(rows.seen_BV, tokens_BT, counts_B))
+
+
+def decode(
+    params: model.Params,
+    slots: Slots,
+    forced_BT: jax.Array,
+    limits_B: jax.Array,
+    *,
+    cfg: Architecture,
+    compute: Compute,
+) -> tuple[Slots, jax.Array, jax.Array]:
+    """Append up to T tokens to each slot, until all have halted.
+
+    Args:
+        params: the model's parameters.
+        slots: what to continue.
+        forced_BT: tokens to take in place of sampled ones, −1 where there are none; they do not halt.
+        limits_B: at most this many tokens a slot; 0 leaves it as it is.
+        cfg: the architecture.
+        compute: dtype and attention backend.
+
+    Returns:
+        The slots, all returned tokens fed; the tokens, (B, T) int32, −1 behind each slot's last; and their
+        log-probabilities in nats under the model's own distribution: temperature 1, no truncation, no penalty.
+    """
+    B, T = forced_BT.shape
+
+    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        t, rows, live_B, tokens_BT, logprobs_BT = state
+        chosen_B = choose(rows.logits_BV, slots.how, rows.cache.lengths_B, rows.seen_BV)
+        forced_B = forced_BT[:, t] >= 0
+        token_B = jnp.where(forced_B, forced_BT[:, t], chosen_B)
+        token_B1, counts_B = token_B[:, None], live_B.astype(jnp.int32)
+        logprob_B1 = jnp.take_along_axis(jax.nn.log_softmax(rows.logits_BV), token_B1, axis=1)
+        halted_B1 = jnp.take_along_axis(slots.halts_BV, token_B1, axis=1) & ~forced_B[:, None]
+        fed = prefill(params, rows, token_B1, counts_B, cfg=cfg, compute=compute)
+        return (
+            t + 1,
+            fed._replace(logits_BV=jnp.where(live_B[:, None], fed.logits_BV, rows.logits_BV)),
+            live_B & ~halted_B1[:, 0] & (t + 1 < limits_B),
+            tokens_BT.at[:, t].set(jnp.where(live_B, token_B, -1)),
+            logprobs_BT.at[:, t].set(logprob_B1[:, 0]),
+        )
+
+    start = (jnp.int32(0), slots.rows, limits_B > 0, jnp.full((B, T), -1, jnp.int32), jnp.zeros((B, T)))
+    state = jax.lax.while_loop(lambda state: (state[0] < T) & jnp.any(state[2]), step, start)
+    return slots._replace(rows=state[1]), state[3], state[4]
+
+
+@partial(jax.jit, static_argnames=("cfg", "compute", "max_new"))
 def _generate(
     params: model.Params,
     prompts_BT: jax.Array,
     counts_B: jax.Array,
     how: SamplingArrays,
-    stop_S: jax.Array,
+    stop_V: jax.Array,
     *,
     cfg: Architecture,
     compute: Compute,
     max_new: int,
-    max_len: int,
 ) -> jax.Array:
     B = prompts_BT.shape[0]
-    logits_BV, cache = next_logits(
-        params, cfg, prompts_BT, init_cache(cfg, B, compute.dtype, max_len), counts_B, compute
-    )
-
-    def take(state: _Decoding, logits_BV: jax.Array) -> _Decoding:
-        token_B = choose(logits_BV, how, state.cache.lengths_B, state.seen_BV)
-        done_B = state.done_B | jnp.any(token_B[:, None] == stop_S[None, :], axis=1)
-        seen_BV = mark_seen(state.seen_BV, token_B[:, None], jnp.ones(B, jnp.int32))
-        output_BT = state.output_BT.at[:, state.chosen].set(jnp.where(done_B, -1, token_B))
-        return _Decoding(state.cache, token_B, done_B, seen_BV, state.chosen + 1, output_BT)
-
-    def step(state: _Decoding) -> _Decoding:
-        counts_B = jnp.where(state.done_B, 0, 1)
-        logits_BV, cache = next_logits(params, cfg, state.token_B[:, None], state.cache, counts_B, compute)
-        return take(state._replace(cache=cache), logits_BV)
-
-    seen_BV = mark_seen(jnp.zeros((B, cfg.vocab_size), bool), prompts_BT, counts_B)
-    empty = _Decoding(
-        cache, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), seen_BV, jnp.int32(0), jnp.full((B, max_new), -1)
-    )
-    final = jax.lax.while_loop(
-        lambda state: (state.chosen < max_new) & ~jnp.all(state.done_B), step, take(empty, logits_BV)
-    )
-    return final.output_BT
+    rows = empty_rows(B, cfg, compute, cfg.sequence_len)
+    rows = prefill(params, rows, prompts_BT, counts_B, cfg=cfg, compute=compute)
+    slots = Slots(rows, jnp.broadcast_to(stop_V, rows.seen_BV.shape), how)
+    sampled_BT = jnp.full((B, max_new), -1, jnp.int32)
+    return decode(params, slots, sampled_BT, cfg.sequence_len - counts_B, cfg=cfg, compute=compute)[1]
 
 
 def generate(
@@ -206,7 +164,7 @@ def generate(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    sampling: list[Sampling] | Sampling = Sampling(),
+    sampling: list[Sampling] | Sampling | None = None,
     stop_tokens: tuple[int, ...] = (),
     compute: Compute | None = None,
 ) -> list[list[int]]:
@@ -217,7 +175,7 @@ def generate(
         cfg: its architecture.
         prompts: token ids, one list a row, none empty.
         max_new_tokens: at most this many new tokens a row; a row also ends where the context is full.
-        sampling: one for all rows, or one for each.
+        sampling: one for all rows, or one for each; default: plain sampling at temperature 1.
         stop_tokens: a row ends before the first of these.
 
     Returns:
@@ -233,18 +191,16 @@ def generate(
         raise UserError(f"generate: a prompt of {longest} tokens leaves no room in a context of {cfg.sequence_len}")
     if max_new_tokens < 1:
         raise UserError(f"generate: max_new_tokens={max_new_tokens} must be at least 1")
-    rows = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+    rows = sampling if isinstance(sampling, list) else [sampling or Sampling()] * len(prompts)
     padded = min(-(-longest // PROMPT_BUCKET) * PROMPT_BUCKET, cfg.sequence_len)
     prompts_BT = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in enumerate(prompts):
         prompts_BT[row, : len(prompt)] = prompt
     counts_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    output_BT = _generate(
-        params, prompts_BT, counts_B, SamplingArrays.of(rows), np.array(stop_tokens, np.int32),
-        cfg=cfg, compute=compute or default_compute(), max_new=max_new_tokens, max_len=cfg.sequence_len,
+    stop_V = np.zeros(cfg.vocab_size, bool)
+    stop_V[list(stop_tokens)] = True
+    tokens_BT = _generate(
+        params, prompts_BT, counts_B, SamplingArrays.of(rows), stop_V,
+        cfg=cfg, compute=compute or default_compute(), max_new=max_new_tokens,
     )  # fmt: skip
-    room_B = cfg.sequence_len - counts_B
-    return [
-        [int(token) for token in row[:room] if token >= 0]
-        for row, room in zip(np.asarray(output_BT), room_B, strict=True)
-    ]
+    return [[token for token in row if token >= 0 and not stop_V[token]] for row in np.asarray(tokens_BT).tolist()]

@@ -5,6 +5,7 @@ Step n is dispatched before step n-1's metrics are read, so that the device neve
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -90,7 +91,7 @@ def fit(
     *,
     steps: int,
     hooks: list[Hook],
-    save: Callable[[int, TrainState], None],
+    save: Callable[[int, TrainState], object],
     log: MetricsLog,
     units: Units,
     max_bad_steps: int = 20,
@@ -116,7 +117,8 @@ def fit(
         UserError: too many steps in a row were not finite.
     """
     start, bad_steps, clock = int(state.step), 0, _Clock()
-    bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5)
+    seconds_between_updates = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
+    bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=seconds_between_updates)
 
     def report(step: int, metrics: StepMetrics) -> None:
         nonlocal bad_steps

