@@ -48,7 +48,8 @@ def attend(
         mask_BTS = ((distance_TS >= 0) & (distance_TS <= window))[None]
         if segment_ids_BT is not None:
             mask_BTS &= segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys]
-        outputs.append(masked_attention(q_BTNH[:, queries], k_BTKH[:, keys], v_BTKH[:, keys], mask_BTS))
+        k_BKSH, v_BKSH = (x[:, keys].swapaxes(1, 2) for x in (k_BTKH, v_BTKH))
+        outputs.append(masked_attention(q_BTNH[:, queries], k_BKSH, v_BKSH, mask_BTS))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -78,15 +79,15 @@ def attend_cached(
     """
     old_keys, old_values, lengths_B = cache.keys[layer], cache.values[layer], cache.lengths_B
     keys, values = write(old_keys, k_BTKH, lengths_B, counts_B), write(old_values, v_BTKH, lengths_B, counts_B)
-    T, S = q_BTNH.shape[1], old_keys.shape[1]
+    T, S = q_BTNH.shape[1], old_keys.shape[2]
     t_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
     positions_BT = lengths_B[:, None] + t_1T
     if T == 1 or window >= S:  # nothing that a query of this chunk still sees has been overwritten
         seen_keys, seen_values = keys, values
         key_positions_BS = slot_positions(lengths_B + counts_B, S)
     else:
-        seen_keys = jnp.concatenate([old_keys, k_BTKH.astype(old_keys.dtype)], axis=1)
-        seen_values = jnp.concatenate([old_values, v_BTKH.astype(old_values.dtype)], axis=1)
+        seen_keys = jnp.concatenate([old_keys, k_BTKH.swapaxes(1, 2).astype(old_keys.dtype)], axis=2)
+        seen_values = jnp.concatenate([old_values, v_BTKH.swapaxes(1, 2).astype(old_values.dtype)], axis=2)
         chunk_positions_BT = jnp.where(t_1T < counts_B[:, None], positions_BT, -1)
         key_positions_BS = jnp.concatenate([slot_positions(lengths_B, S), chunk_positions_BT], axis=1)
     distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
@@ -94,12 +95,12 @@ def attend_cached(
     return masked_attention(q_BTNH, seen_keys, seen_values, mask_BTS).astype(q_BTNH.dtype), keys, values
 
 
-def masked_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def masked_attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Attention with an explicit boolean mask: the reference that the other backends are tested against."""
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32)
     scores = jnp.where(mask_BTS[:, None, None], scores * H**-0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH).reshape(B, T, N, H)

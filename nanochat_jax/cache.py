@@ -14,7 +14,7 @@ from nanochat_jax.config import Architecture
 
 
 class KVCache(NamedTuple):
-    keys: tuple[jax.Array, ...]  # per layer (B, S, K, H), in the compute dtype
+    keys: tuple[jax.Array, ...]  # per layer (B, K, S, H), as products with one query need them, in the compute dtype
     values: tuple[jax.Array, ...]
     lengths_B: jax.Array  # int32, tokens seen by each row
     last_embed_BD: jax.Array  # embedding of the last token before smear; zero in an empty row
@@ -23,7 +23,7 @@ class KVCache(NamedTuple):
 def init_cache(cfg: Architecture, batch: int, dtype: str, max_len: int | None = None) -> KVCache:
     """An empty cache for rows of up to max_len tokens (default: the model's sequence_len)."""
     slots = [min(max_len or cfg.sequence_len, spec.window + 1) for spec in cfg.layer_specs()]
-    shapes = [(batch, S, cfg.n_kv_head, cfg.head_dim) for S in slots]
+    shapes = [(batch, cfg.n_kv_head, S, cfg.head_dim) for S in slots]
     return KVCache(
         keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
         values=tuple(jnp.zeros(shape, dtype) for shape in shapes),
@@ -39,10 +39,10 @@ def slot_positions(lengths_B: jax.Array, S: int) -> jax.Array:
     return jnp.where((positions_BS >= 0) & (last_B1 >= 0), positions_BS, -1)
 
 
-def write(slots_BSKH: jax.Array, new_BTKH: jax.Array, lengths_B: jax.Array, counts_B: jax.Array) -> jax.Array:
+def write(slots_BKSH: jax.Array, new_BTKH: jax.Array, lengths_B: jax.Array, counts_B: jax.Array) -> jax.Array:
     """Write each row's first counts_B new entries behind its lengths_B old ones; a ring keeps the last S."""
-    B, S = slots_BSKH.shape[:2]
+    B, _, S, _ = slots_BKSH.shape
     t_1T = jnp.arange(new_BTKH.shape[1], dtype=jnp.int32)[None, :]
     kept_BT = (t_1T < counts_B[:, None]) & (t_1T >= counts_B[:, None] - S)
     slot_BT = jnp.where(kept_BT, (lengths_B[:, None] + t_1T) % S, S)  # S is out of range, hence dropped
-    return slots_BSKH.at[jnp.arange(B)[:, None], slot_BT].set(new_BTKH.astype(slots_BSKH.dtype), mode="drop")
+    return slots_BKSH.at[jnp.arange(B)[:, None], :, slot_BT].set(new_BTKH.astype(slots_BKSH.dtype), mode="drop")

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,14 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self._pending = step, ocp.save_checkpointables_async(path, {"state": arrays}, custom_metadata=metadata)
         self._damage.clear()
 
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Renames the checkpoints of these steps, so that nothing goes on from them any more."""
+        for step in steps:
+            aside = (self.folder / str(step)).rename(self.folder / f"set-aside-{step}-{int(time.time())}")
+            log.warning(
+                "checkpoint %d is no longer part of this run: renamed to %s; delete it if not needed", step, aside
+            )
+
     def wait(self) -> None:
         """Waits until the save under way is complete; UserError if it failed."""
         if self._pending is None:
@@ -181,10 +189,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(f"*{_DEBRIS}*"):
             path.rmtree()
-        for old in self.steps():
-            if old >= step or old in self._damage:
-                aside = (self.folder / str(old)).rename(self.folder / f"set-aside-{old}-{int(time.time())}")
-                log.warning("damaged or not before step %d: renamed to %s; delete it if not needed", step, aside)
+        self.set_aside(old for old in self.steps() if old >= step or old in self._damage)
 
     def _prune(self) -> None:
         steps = self.steps()

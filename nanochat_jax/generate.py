@@ -1,5 +1,7 @@
 """Continuing sequences with a key-value cache: prefill, the decoding loop, and generate, which is both."""
 
+import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +15,9 @@ from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute, default_compute
 from nanochat_jax.sampling import Sampling, SamplingArrays, choose, mark_seen
+from nanochat_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
@@ -204,3 +209,26 @@ def generate(
         cfg=cfg, compute=compute or default_compute(), max_new=max_new_tokens,
     )  # fmt: skip
     return [[token for token in row if token >= 0 and not stop_V[token]] for row in np.asarray(tokens_BT).tolist()]
+
+
+def continue_texts(
+    params: model.Params, cfg: Architecture, tok: Tokenizer, prompts: Sequence[str], **options: Any
+) -> list[str]:
+    """What a language model writes after each prompt, as text; options are generate's."""
+    rows = [[tok.bos, *tok.encode(prompt)] for prompt in prompts]
+    return [tok.decode(row) for row in generate(params, cfg, rows, stop_tokens=tuple(tok.control.values()), **options)]
+
+
+def usable_prompts(cfg: Architecture, tok: Tokenizer, prompts: Sequence[str]) -> list[str]:
+    """Those prompts that the tokenizer can write and the context can hold; the others are named in a warning."""
+    usable = []
+    for prompt in prompts:
+        try:
+            fits = 1 + len(tok.encode(prompt)) < cfg.sequence_len
+        except UserError:
+            fits = False
+        if fits:
+            usable.append(prompt)
+        else:
+            log.warning("no sample for the prompt %r: the tokenizer or the context does not hold it", prompt)
+    return usable

@@ -94,6 +94,7 @@ def fit(
     save: Callable[[int, TrainState], object],
     log: MetricsLog,
     units: Units,
+    stop: StopSignal | None = None,
     max_bad_steps: int = 20,
 ) -> TrainState:
     """Train from the state's step up to a number of steps.
@@ -107,6 +108,7 @@ def fit(
         save: called once more when a signal stops the run.
         log: receives loss, gradient norm and rates of every step, and what hooks return.
         units: for tokens/s and MFU.
+        stop: looked at after each step; default: none stops the run.
         max_bad_steps: so many steps in a row may be skipped as not finite.
 
     Returns:
@@ -144,24 +146,25 @@ def fit(
                 "nothing of them entered the parameters. Lower the learning rates or look at the data of these steps"
             )
 
-    with bar, StopSignal().listening() as stop:
+    with bar:
         unread: tuple[int, StepMetrics] | None = None
         for step in range(start + 1, steps + 1):
             state, metrics = train_step(state, next(batches))
             if unread is not None:
                 report(*unread)
             unread = (step, metrics)
+            stopped = stop.received if stop is not None else None
             due = [hook for hook in hooks if hook.due(step, steps)]
-            if due or step == steps or stop.received is not None:
+            if due or step == steps or stopped is not None:
                 report(*unread)
                 unread = None
+            if stopped is not None:  # before the hooks: the time until the process is killed may be short
+                save(step, state)
+                raise Stopped(step, stopped)
             for hook in due:
                 if values := hook.run(step, state):
                     log.write(step, values)
                     tqdm.write(f"step {step:,}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
             if due:
                 clock.restart()
-            if stop.received is not None:
-                save(step, state)
-                raise Stopped(step, stop.received)
     return state

@@ -74,7 +74,12 @@ class MetricsLog:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log numbers of a step (1 is the first); what is not finite is logged as null."""
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": step, **record}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; free some space, run again to go on"
+            ) from error
         for name, value in record.items():
             if value is not None:
                 self._tensorboard.add_scalar(name, value, step)
@@ -114,5 +119,5 @@ def _start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("--wandb needs the wandb package: pip install wandb") from error
+        raise UserError("--run.wandb needs the wandb package: pip install wandb") from error
     return wandb.init(dir=str(folder), resume="allow", **settings)

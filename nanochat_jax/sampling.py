@@ -10,6 +10,8 @@ import numpy as np
 
 from nanochat_jax.errors import UserError
 
+type Vector = jax.Array | np.ndarray
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -40,12 +42,12 @@ class Sampling:
 class SamplingArrays(NamedTuple):
     """Sampling for each row of a batch."""
 
-    temperature_B: jax.Array | np.ndarray
-    top_k_B: jax.Array | np.ndarray
-    top_p_B: jax.Array | np.ndarray
-    min_p_B: jax.Array | np.ndarray
-    seed_B: jax.Array | np.ndarray
-    repetition_penalty_B: jax.Array | np.ndarray
+    temperature_B: Vector
+    top_k_B: Vector
+    top_p_B: Vector
+    min_p_B: Vector
+    seed_B: Vector
+    repetition_penalty_B: Vector
 
     @classmethod
     def of(cls, rows: Sequence[Sampling]) -> "SamplingArrays":
@@ -98,7 +100,7 @@ def choose(logits_BV: jax.Array, how: SamplingArrays, positions_B: jax.Array, se
     return jnp.where(how.temperature_B > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
 
-def least_probability(probs_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+def least_probability(probs_BV: jax.Array, top_k_B: Vector, top_p_B: Vector) -> jax.Array:
     """The probability from which on tokens are kept: those with fewer than top_k, and less than top_p, before them.
 
     Bisects the bit patterns of the floats, which are ordered as the floats are: exact, and several times faster

@@ -40,6 +40,10 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list[jax.Device] | None =
         UserError: if the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    if cfg.fsdp < 1 or cfg.tensor < 1 or (cfg.data < 1 and cfg.data != -1):
+        raise UserError(
+            f"mesh: data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor} must be positive (data may be -1)"
+        )
     data = len(devices) // (cfg.fsdp * cfg.tensor) if cfg.data == -1 else cfg.data
     shape = (data, cfg.fsdp, cfg.tensor)
     if min(shape) < 1 or np.prod(shape) != len(devices):

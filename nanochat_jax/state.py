@@ -57,19 +57,21 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         accumulate = next(iter(batch.values())).shape[0]
 
-        def accumulate_one(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            index, micro = item
-            sums = grad_fn(state.params, micro, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, total, sums), None
+        def sums(index: jax.Array | int, micro: Batch) -> Any:
+            return grad_fn(state.params, micro, jax.random.fold_in(key, index))
 
-        first = jax.tree.map(lambda x: x[0], batch)
-        total = grad_fn(state.params, first, jax.random.fold_in(key, 0))
-        if accumulate > 1:
-            rest = jax.tree.map(lambda x: x[1:], batch)
-            total, _ = jax.lax.scan(accumulate_one, total, (jnp.arange(1, accumulate), rest))
+        def accumulate_one(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, sums(*item)), None
+
+        if accumulate == 1:
+            total = sums(0, jax.tree.map(lambda x: x[0], batch))
+        else:  # in float32: bfloat16 would lose the small terms of a long sum
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+            start = (jnp.float32(0), jnp.int32(0)), zeros
+            total, _ = jax.lax.scan(accumulate_one, start, (jnp.arange(accumulate), batch))
         (loss_sum, count), grads = total
         count = jnp.maximum(count, 1).astype(jnp.float32)
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
         loss, grad_norm = loss_sum / count, optax.tree.norm(grads)
         applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from nanochat_jax.errors import Stopped, UserError
-from nanochat_jax.loop import Hook, Units, fit
+from nanochat_jax.loop import Hook, StopSignal, Units, fit
 from nanochat_jax.metrics import MetricsLog, read_metrics
 from nanochat_jax.state import StepMetrics, TrainState
 
@@ -25,10 +25,10 @@ def counting_step(state, batch):
 
 
 def run(tmp_path, batches, *, steps, hooks=(), start=0, save=lambda step, state: None, **options):
-    with MetricsLog(tmp_path, step=start) as log:
+    with MetricsLog(tmp_path, step=start) as log, StopSignal().listening() as stop:
         return fit(
             start_state(start), counting_step, iter(batches), steps=steps, hooks=list(hooks), save=save, log=log,
-            units=UNITS, **options,
+            units=UNITS, stop=stop, **options,
         )  # fmt: skip
 
 
@@ -83,7 +83,10 @@ def test_a_signal_saves_and_stops(tmp_path, number):
 
     before = signal.getsignal(number)
     with pytest.raises(Stopped, match=signal.Signals(number).name) as stopped:
-        run(tmp_path, batches(), steps=100, save=lambda step, state: saved.append((step, int(state.step))))
+        run(
+            tmp_path, batches(), steps=100, save=lambda step, state: saved.append((step, int(state.step))),
+            hooks=[Hook(4, lambda step, state: pytest.fail("a hook ran before the save"))],
+        )  # fmt: skip
     assert saved == [(4, 4)]
     assert stopped.value.exit_code == 128 + number
     assert signal.getsignal(number) is before

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,9 +17,10 @@ from nanochat_jax.config import OptimConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.load import load_model
 from nanochat_jax.metrics import read_metrics
+from nanochat_jax.sampling import Sampling
 from nanochat_jax.sharding import MeshConfig
 from train import pretrain, sample
-from train.stage import RunConfig
+from train.stage import ComputeConfig, RunConfig
 
 STEPS = 12
 
@@ -161,11 +163,30 @@ def test_a_checkpoint_of_another_recipe_is_refused(tiny_data, whole):
         ({"run": {"micro_batch": 3}}, "do not divide by micro-batch=3"),
         ({"batch_tokens": 2**20}, "less than one batch"),
         ({"run": {"mesh": MeshConfig(data=3)}}, "does not use 8 devices"),
+        ({"run": {"mesh": MeshConfig(fsdp=0)}}, "fsdp=0"),
+        ({"run": {"micro_batch": -2}}, "--run.micro-batch -2"),
+        ({"run": {"keep_newest": 0}}, "--run.keep-newest 0"),
+        ({"steps": 0}, "--steps 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"run": {"compute": ComputeConfig("float32", "cudnn")}}, "cudnn goes neither"),
     ],
 )
 def test_batches_that_do_not_divide_are_refused(tiny_data, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         pretrain.main(config(tiny_data, tmp_path, **changes))
+
+
+def test_prompts_that_the_tokenizer_cannot_write_do_not_end_a_run(tiny_data, tmp_path, caplog):
+    pretrain.main(config(tiny_data, tmp_path, steps=2, prompts=("ab" * 40, "ab")))
+    assert Checkpoints(tmp_path / "checkpoints").newest() == 2
+    assert "no sample for the prompt" in caplog.text
+
+
+def test_starting_anew_leaves_nothing_to_step_back_to(tiny_data, tmp_path):
+    pretrain.main(config(tiny_data, tmp_path, steps=4, run={"save_every": 2}))
+    pretrain.main(config(tiny_data, tmp_path, steps=2, seed=4, run={"resume": "never"}))
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
+    assert len(list((tmp_path / "checkpoints").glob("set-aside-*"))) == 2
 
 
 def test_a_folder_that_was_never_prepared_is_refused(tmp_path):
@@ -189,6 +210,9 @@ def test_the_trained_model_loads_and_writes(whole, capsys):
     samples = sample.main(sample.Config(checkpoint=whole, prompt=("ab", "cd"), max_new_tokens=8, n=2))
     assert [text[:2] for text in samples] == ["ab", "ab", "cd", "cd"]
     assert samples[0] != samples[1]
+    loud = sample.Config(checkpoint=whole, sampling=Sampling(repetition_penalty=50.0), max_new_tokens=24)
+    [text] = sample.main(loud)
+    assert [text] != sample.main(replace(loud, sampling=Sampling()))
     assert "ab" in capsys.readouterr().out
 
 

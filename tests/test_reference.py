@@ -122,4 +122,4 @@ def test_cached_decoding_equals_the_full_pass(small, plan):
 
 def test_cache_holds_only_what_windows_need():
     cache = init_cache(SMALL, batch=1, dtype="float32")
-    assert [keys.shape[1] for keys in cache.keys] == [129, 129, 512]
+    assert [keys.shape[2] for keys in cache.keys] == [129, 129, 512]

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -84,6 +85,23 @@ def test_any_mesh_trains_like_one_device(single, shape):
 
 def test_accumulation_equals_one_large_batch(single):
     check_like_single(Trainer(sharding.MeshConfig(), devices=1), single, accumulate=4)
+
+
+def test_gradients_of_bfloat16_tables_are_summed_in_float32():
+    def loss(params, batch, key):
+        return (params["table"].astype(jnp.float32) * batch["x"]).sum(), jnp.int32(1)
+
+    tx = optax.sgd(1.0)
+    params = {"table": jnp.zeros(4, jnp.bfloat16)}
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    like = state.abstract_state(lambda key: params, tx, {"table": P(None)}, mesh)
+    small_terms = np.array([1.0] + [2**-9] * 16, np.float32)[:, None] * np.ones((1, 4), np.float32)
+    after, metrics = state.make_train_step(loss, tx, like, seed=0)(
+        state.new_state(params, tx), {"x": jnp.asarray(small_terms)}
+    )
+    # 1 + 16 × 2⁻⁹ over 17 micro-batches; in bfloat16 the sum would stay at 1
+    np.testing.assert_allclose(float(metrics.grad_norm), 2 * 1.03125 / 17, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(after.params["table"], np.float32), -1.03125 / 17, rtol=4e-3)
 
 
 def test_parameters_and_moments_are_cut_by_the_rules():

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ from nanochat_jax.data.pretrain import Records, open_split, validation_batches
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval.baselines import baselines
 from nanochat_jax.eval.bpb import make_evaluator
-from nanochat_jax.generate import Sampling, generate
+from nanochat_jax.generate import continue_texts, usable_prompts
 from nanochat_jax.load import LoadedModel, load_model
+from nanochat_jax.sampling import Sampling
 from train import cli
 
 PROMPTS = ("", "", "The", "My fellow citizens", "In the year")  # the empty ones leave the model free to begin
@@ -87,17 +88,18 @@ def show_bpb(result: dict[str, Any]) -> None:
 
 def write_samples(subject: Subject) -> dict[str, Any]:
     """How the model begins on its own, and how it continues a few prompts."""
-    loaded, tok = subject.model, subject.model.tokenizer
-    new = generate(
+    loaded = subject.model
+    prompts = usable_prompts(loaded.cfg, loaded.tokenizer, PROMPTS)
+    texts = continue_texts(
         loaded.params,
         loaded.cfg,
-        [[tok.bos, *tok.encode(prompt)] for prompt in PROMPTS],
+        loaded.tokenizer,
+        prompts,
         max_new_tokens=SAMPLE_TOKENS,
-        sampling=[Sampling(SAMPLING.temperature, SAMPLING.top_k, seed=seed) for seed in range(len(PROMPTS))],
-        stop_tokens=tuple(tok.control.values()),
+        sampling=[replace(SAMPLING, seed=seed) for seed in range(len(prompts))],
         compute=loaded.compute,
     )
-    samples = [{"prompt": prompt, "text": tok.decode(row)} for prompt, row in zip(PROMPTS, new, strict=True)]
+    samples = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     return {"sampling": to_json(SAMPLING), "samples": samples}
 
 

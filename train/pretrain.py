@@ -24,13 +24,14 @@ from nanochat_jax.data import pretrain as records
 from nanochat_jax.data.records import load_manifest
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval.bpb import make_evaluator
-from nanochat_jax.generate import Sampling, generate
+from nanochat_jax.generate import continue_texts, usable_prompts
 from nanochat_jax.layers import Compute
 from nanochat_jax.load import load_model
 from nanochat_jax.loop import Hook
+from nanochat_jax.sampling import Sampling
 from nanochat_jax.state import Batch, LossFn, TrainState
 from train import cli
-from train.stage import RunConfig, Stage, micro_batches, run_stage
+from train.stage import RunConfig, Stage, at_least, micro_batches, run_stage
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ class Config:
     seed: int = 0
     """Of the initial parameters and of the order of the data."""
 
+    def __post_init__(self) -> None:
+        at_least("steps", self.steps, 1)
+        at_least("batch-tokens", self.batch_tokens, 1)
+        at_least("eval-rows", self.eval_rows, 0)
+        at_least("seed", self.seed, 0)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -111,12 +118,9 @@ def main(config: Config) -> Result:
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 
-    def hooks(mesh: jax.sharding.Mesh) -> list[Hook]:
+    def measure(mesh: jax.sharding.Mesh) -> list[Hook]:
         micro_rows = rows // micro_batches(rows, config.run, mesh)
-        return [
-            validation_hook(config, cfg, val_records, tok, compute, mesh, micro_rows),
-            sample_hook(config.run.sample_every, cfg, tok, compute, config.prompts),
-        ]
+        return [validation_hook(config, cfg, val_records, tok, compute, mesh, micro_rows)]
 
     stage = Stage(
         name="pretrain",
@@ -141,7 +145,9 @@ def main(config: Config) -> Result:
         steps=plan.steps,
         rows_per_step=rows,
         seed=config.seed,
-        hooks=hooks,
+        compute=compute,
+        measure=measure,
+        look=[sample_hook(config.run.sample_every, cfg, tok, compute, config.prompts)],
     )
     final, _ = run_stage(stage, config.run, config)
     return Result(final, plan)
@@ -159,6 +165,8 @@ def plan_nanochat(config: Config, vocab_size: int, sequence_len: int, start: Arc
     if start is not None:
         if not isinstance(start, ModelConfig):
             raise UserError("--init-from holds a GPT-2: choose one of the gpt2 presets for its optimizer")
+        if config.model != ModelArgs():
+            raise UserError("--model sets a new architecture, --init-from takes the one it finds: give one of them")
         cfg = replace(start, sequence_len=sequence_len)
     length = horizon(
         cfg, ratio=config.ratio, steps=config.steps, batch_tokens=config.batch_tokens, lr_scale=config.lr_scale
@@ -178,10 +186,10 @@ def plan_gpt2(config: Config, vocab_size: int, sequence_len: int, start: Archite
         raise UserError(f"--init-from holds a nanochat model, which --preset {config.preset} does not train")
     if sequence_len != cfg.sequence_len:
         raise UserError(f"the records have sequence-len={sequence_len}, the model to start from {cfg.sequence_len}")
-    steps = config.steps or preset.steps
+    steps = preset.steps if config.steps is None else config.steps
     numbers = replace(
         preset.optim,
-        learning_rate=preset.optim.learning_rate * (config.lr_scale or 1.0),
+        learning_rate=preset.optim.learning_rate * (1.0 if config.lr_scale is None else config.lr_scale),
         warmup_steps=min(preset.optim.warmup_steps, steps // 10),
     )
     rows = _rows(config.batch_tokens or preset.batch_size * sequence_len, cfg)
@@ -234,17 +242,18 @@ def sample_hook(
 ) -> Hook:
     """Print how the model continues a few prompts."""
 
+    usable = usable_prompts(cfg, tok, prompts)
+
     def run(step: int, state: TrainState) -> dict[str, float]:
-        rows = [[tok.bos, *tok.encode(prompt)] for prompt in prompts]
-        samples = generate(
-            state.params, cfg, rows, max_new_tokens=48, sampling=Sampling(temperature=0.8, top_k=50, seed=step),
-            stop_tokens=tuple(tok.control.values()), compute=compute,
+        how = Sampling(temperature=0.8, top_k=50, seed=step)
+        texts = continue_texts(
+            state.params, cfg, tok, usable, max_new_tokens=48, sampling=how, compute=compute
         )  # fmt: skip
-        for prompt, sample in zip(prompts, samples, strict=True):
-            tqdm.write(f"  {prompt}│{tok.decode(sample)}")
+        for prompt, text in zip(usable, texts, strict=True):
+            tqdm.write(f"  {prompt}│{text}")
         return {}
 
-    return Hook(every, run)
+    return Hook(every, run if usable else lambda step, state: {})
 
 
 def _announce(plan: Plan, records_count: int) -> None:

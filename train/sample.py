@@ -1,13 +1,17 @@
 """Let a trained model continue a prompt.
 
-python -m train.sample --checkpoint runs/demo/base --prompt "My fellow citizens"
+    python -m train.sample --checkpoint runs/demo/base --prompt "My fellow citizens"
+
+The same seed gives the same text.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nanochat_jax.generate import Sampling, generate
+from nanochat_jax.errors import UserError
+from nanochat_jax.generate import continue_texts
 from nanochat_jax.load import load_model
+from nanochat_jax.sampling import Sampling
 from train import cli
 
 
@@ -29,21 +33,20 @@ class Config:
 def main(config: Config) -> list[str]:
     """Print and return the samples, prompt included."""
     loaded = load_model(config.checkpoint, step=config.step)
-    tok = loaded.tokenizer
+    if config.n < 1:
+        raise UserError(f"n={config.n} must be at least 1")
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
-    rows = [[tok.bos, *tok.encode(prompt)] for prompt in prompts]
-    how = config.sampling
-    seeds = [how.seed + i for _ in config.prompt for i in range(config.n)]
-    new = generate(
+    seeds = [config.sampling.seed + i for _ in config.prompt for i in range(config.n)]
+    texts = continue_texts(
         loaded.params,
         loaded.cfg,
-        rows,
+        loaded.tokenizer,
+        prompts,
         max_new_tokens=config.max_new_tokens,
-        sampling=[Sampling(how.temperature, how.top_k, how.top_p, how.min_p, seed) for seed in seeds],
-        stop_tokens=tuple(tok.control.values()),
+        sampling=[replace(config.sampling, seed=seed) for seed in seeds],
         compute=loaded.compute,
     )
-    samples = [prompt + tok.decode(tokens) for prompt, tokens in zip(prompts, new, strict=True)]
+    samples = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
     for sample in samples:
         print(f"{sample}\n")
     return samples

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +11,20 @@ import numpy as np
 import optax
 
 from nanochat_jax import model, sharding, state
-from nanochat_jax.checkpoint import Checkpoints
+from nanochat_jax.checkpoint import Checkpoint, Checkpoints
 from nanochat_jax.config import Architecture, to_json, write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute, default_compute
-from nanochat_jax.loop import Hook, Units, fit
+from nanochat_jax.loop import Hook, StopSignal, Units, fit
 from nanochat_jax.metrics import MetricsLog, peak_flops
 from nanochat_jax.sharding import MeshConfig
 from nanochat_jax.tokenizer import Tokenizer
+
+
+def at_least(flag: str, value: int | None, least: int) -> None:
+    """UserError for a number below what makes sense."""
+    if value is not None and value < least:
+        raise UserError(f"--{flag} {value} must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -35,20 +41,26 @@ class ComputeConfig:
 
     def resolve(self) -> Compute:
         """What to compute with; must come before the first use of a device, which reads the flags set here."""
-        if self.deterministic:
-            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+        flag = "--xla_gpu_deterministic_ops=true"
+        if self.deterministic and flag not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
         chosen = default_compute()
-        if self.deterministic:
-            chosen = replace(chosen, attention="xla")  # cuDNN's backward pass adds up in any order
-        return Compute(
-            dtype=chosen.dtype if self.dtype == "auto" else self.dtype,
-            attention=chosen.attention if self.attention == "auto" else self.attention,
-        )
+        dtype = chosen.dtype if self.dtype == "auto" else self.dtype
+        # cuDNN's attention takes no float32, and its backward pass adds up in any order.
+        without_cudnn = dtype == "float32" or self.deterministic
+        if self.attention == "cudnn" and without_cudnn:
+            raise UserError(f"compute: attention=cudnn goes neither with dtype={dtype} nor with deterministic; use xla")
+        if self.attention != "auto":
+            return Compute(dtype, self.attention)
+        return Compute(dtype, "xla" if without_cudnn else chosen.attention)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lies and how it is looked after; nothing here changes its result."""
+    """Where a run lies, how it is computed and looked after: its result depends on this by rounding alone.
+
+    With dropout, the micro-batch also decides which units are dropped.
+    """
 
     out: Path
     """Folder of the run: config.json, metrics.jsonl, tensorboard/ and checkpoints/ go here."""
@@ -68,6 +80,11 @@ class RunConfig:
     """Log to this Weights & Biases project too."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "eval_every", "sample_every", "save_every"):
+            at_least(f"run.{name.replace('_', '-')}", getattr(self, name), 0)
+        at_least("run.keep-newest", self.keep_newest, 1)
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,9 @@ class Stage:
     steps: int
     rows_per_step: int
     seed: int
-    hooks: Callable[[jax.sharding.Mesh], list[Hook]]  # run before the checkpoint is saved
+    compute: Compute
+    measure: Callable[[jax.sharding.Mesh], list[Hook]]  # before a checkpoint is saved, which keeps what they find
+    look: list[Hook]  # after it
 
 
 def micro_batches(rows_per_step: int, run: RunConfig, mesh: jax.sharding.Mesh) -> int:
@@ -129,8 +148,13 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
     like = state.abstract_state(stage.init_params, stage.tx, model.logical_axes(stage.cfg), mesh)
     recipe = to_json(stage.recipe)
     best = "val_bpb"
-    with Checkpoints(run.out / "checkpoints", keep_newest=run.keep_newest, keep_best=best) as checkpoints:
-        train_state = _restore(checkpoints, like, recipe) if run.resume == "auto" else None
+    with (
+        StopSignal().listening() as stop,  # the outer one: a signal must not cut the last save short
+        Checkpoints(run.out / "checkpoints", keep_newest=run.keep_newest, keep_best=best) as checkpoints,
+    ):
+        if run.resume == "never":
+            checkpoints.set_aside(checkpoints.steps())
+        train_state = _restore(checkpoints, like, recipe)
         write_json(run.out / "config.json", command)
         if train_state is None:
             train_state = _initial_state(stage, like)
@@ -151,8 +175,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
             checkpoints.save(step, train_state, meta=meta, tokenizer=tokenizer, metrics=measured.get(step))
             return {}
 
-        compute = run.compute.resolve()
-        peak, _ = peak_flops(compute.dtype)
+        peak, _ = peak_flops(stage.compute.dtype)
         tokens = stage.rows_per_step * stage.cfg.sequence_len
         units = Units(tokens, tokens * stage.cfg.flops_per_token(), peak * jax.device_count())
         wandb = {"project": run.wandb, "name": run.out.name, "config": to_json(command)} if run.wandb else None
@@ -167,10 +190,11 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
                 state.make_train_step(stage.loss_fn, stage.tx, like, stage.seed),
                 _on_device(stage.batches(start), mesh, accumulate),
                 steps=stage.steps,
-                hooks=[*map(remember, stage.hooks(mesh)), Hook(run.save_every, save)],
+                hooks=[*map(remember, stage.measure(mesh)), Hook(run.save_every, save), *stage.look],
                 save=save,
                 log=log,
                 units=units,
+                stop=stop,
             )
     return train_state, mesh
 
@@ -201,18 +225,23 @@ def _on_device(
 
 def _restore(checkpoints: Checkpoints, like: state.TrainState, recipe: dict[str, Any]) -> state.TrainState | None:
     """The newest good state, or None; a checkpoint of another recipe is an error that names the difference."""
-    newest = checkpoints.peek()
-    if newest is None:
+    if (newest := checkpoints.peek()) is None:
         return None
-    differences = list(_differences(newest.meta["recipe"], recipe))
-    if differences:
+    _check_recipe(newest, recipe)  # before the arrays, whose shapes would be a poorer message
+    if (restored := checkpoints.restore(like)) is None:
+        return None
+    train_state, found = restored
+    _check_recipe(found, recipe)  # which may be an older one
+    return train_state
+
+
+def _check_recipe(checkpoint: Checkpoint, recipe: dict[str, Any]) -> None:
+    if differences := list(_differences(checkpoint.meta["recipe"], recipe)):
         raise UserError(
-            f"{checkpoints.folder} holds a run with another configuration:\n  "
+            f"{checkpoint.path} is of a run with another configuration:\n  "
             + "\n  ".join(differences)
             + "\nChoose another --run.out, or --run.resume never to start anew there"
         )
-    restored = checkpoints.restore(like)
-    return restored[0] if restored else None
 
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:

@@ -13,6 +13,7 @@ With --kind char every character of the text is a token, as in nanoGPT's quick s
 
 import random
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -72,7 +73,9 @@ def main(config: Config) -> tokenizers.Tokenizer:
     held_out: list[str] = []
     sample = _sample(source, config, held_out)
     if config.kind == "char":
-        tokenizer: tokenizers.Tokenizer = CharTokenizer.train(chain(sample, held_out))
+        deque(sample, maxlen=0)  # for what it holds out; an alphabet must be whole, so all documents give theirs
+        everything = chain.from_iterable(map(source.documents, range(len(source.units))))
+        tokenizer: tokenizers.Tokenizer = CharTokenizer.train(everything)
     else:
         tokenizer = tokenizers.train(sample, config.vocab_size, character_coverage=config.character_coverage)
     seconds = time.perf_counter() - started
