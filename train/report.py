@@ -227,6 +227,8 @@ def main(config: Config) -> dict[str, Path]:
     write_bytes(paths["md"], to_markdown(title, sections).encode())
     for note in notes:
         print(f"left out: {note}")
+    for name, result in run["evaluation"].get("suites", {}).items():
+        evaluate.SUITES[name].show(result)
     print("report: " + ", ".join(map(str, paths.values())))
     return paths
 
