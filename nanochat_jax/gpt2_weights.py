@@ -8,8 +8,9 @@ import numpy as np
 
 from nanochat_jax import bpe, model
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import read_json
 from nanochat_jax.gpt2 import LAYER_NORM_EPSILON, GPT2Config
-from nanochat_jax.interop import Arrays, Foreign, fill, read_json
+from nanochat_jax.interop import Arrays, Foreign, fill
 
 # Ours → transformers', whose one matrix for q, k and v is split first. All is (in, out) there too.
 _NAMES = (

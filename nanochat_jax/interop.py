@@ -4,7 +4,6 @@ Nothing that is read here runs code: torch files are opened with weights_only, p
 reader, all else is JSON. Torch is needed for whole checkpoints, and imported only there.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 from nanochat_jax import bpe, model
 from nanochat_jax.config import Architecture, ModelConfig, from_json, write_json
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import replacing, write_bytes
+from nanochat_jax.files import read_json, replacing, write_bytes
 from nanochat_jax.layers import Compute
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -205,16 +204,3 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         return tensor.numpy()
 
     return {str(name).removeprefix("_orig_mod."): array(x) for name, x in tensors.items()}  # prefix: torch.compile
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; UserError if there is none."""
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: not JSON") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: not a JSON object")
-    return values

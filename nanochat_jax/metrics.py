@@ -1,6 +1,7 @@
 """What a run says of itself: metrics to JSONL, TensorBoard and (on request) W&B; device peaks and MFU."""
 
 import functools
+import hashlib
 import json
 import math
 import time
@@ -120,4 +121,5 @@ def _start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise UserError("--run.wandb needs the wandb package: pip install wandb") from error
-    return wandb.init(dir=str(folder), resume="allow", **settings)
+    same_run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # also after a restart
+    return wandb.init(dir=str(folder), id=same_run, resume="allow", **settings)

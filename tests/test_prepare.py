@@ -187,7 +187,7 @@ def test_killed_preparation_resumes_and_two_at_once_are_refused(corpus, prepared
     assert process.stdout
     for _ in range(4):  # two units, and the third is on its way
         process.stdout.readline()
-    with pytest.raises(UserError, match="another process is preparing"):
+    with pytest.raises(UserError, match="another process is at work in"):
         prepare(make_config(corpus, out))
     process.stdout.readline()
     process.send_signal(signal.SIGKILL)

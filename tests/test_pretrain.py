@@ -15,6 +15,7 @@ import pytest
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import OptimConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import locked
 from nanochat_jax.load import load_model
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.sampling import Sampling
@@ -187,6 +188,11 @@ def test_starting_anew_leaves_nothing_to_step_back_to(tiny_data, tmp_path):
     pretrain.main(config(tiny_data, tmp_path, steps=2, seed=4, run={"resume": "never"}))
     assert Checkpoints(tmp_path / "checkpoints").steps() == [2]
     assert len(list((tmp_path / "checkpoints").glob("set-aside-*"))) == 2
+
+
+def test_a_folder_in_which_another_run_is_at_work_is_refused(tiny_data, tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="another process is at work"):
+        pretrain.main(config(tiny_data, tmp_path))
 
 
 def test_a_folder_that_was_never_prepared_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from nanochat_jax import model, sharding, state
 from nanochat_jax.checkpoint import Checkpoint, Checkpoints
 from nanochat_jax.config import Architecture, to_json, write_json
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import locked
 from nanochat_jax.layers import Compute, default_compute
 from nanochat_jax.loop import Hook, StopSignal, Units, fit
 from nanochat_jax.metrics import MetricsLog, peak_flops
@@ -149,6 +150,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
     recipe = to_json(stage.recipe)
     best = "val_bpb"
     with (
+        locked(run.out),
         StopSignal().listening() as stop,  # the outer one: a signal must not cut the last save short
         Checkpoints(run.out / "checkpoints", keep_newest=run.keep_newest, keep_best=best) as checkpoints,
     ):

@@ -24,9 +24,9 @@ from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.char import CharTokenizer
 from nanochat_jax.config import to_json, write_json
 from nanochat_jax.data.prepare import has_few_documents, split_document
-from nanochat_jax.data.records import read_json
 from nanochat_jax.data.sources import Source, open_source
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import read_json
 from train import cli
 
 MAX_REPORT_BYTES = 10_000_000

@@ -5,7 +5,6 @@ processes nor on interruptions: units that are finished stay, the others are don
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -14,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import connection
@@ -32,13 +30,13 @@ from nanochat_jax.data.records import (
     Recipe,
     SplitStats,
     load_manifest,
-    read_json,
     shard_path,
     write_shard,
     write_tfds_description,
 )
 from nanochat_jax.data.sources import UNIT_BYTES, Source, open_source
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import locked, read_json
 from nanochat_jax.tokenizer import Tokenizer
 
 FEW_DOCUMENTS = 100
@@ -112,7 +110,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         val_fraction=config.val_fraction,
         unit_bytes=config.unit_bytes,
     )
-    with _locked(config.out):
+    with locked(config.out):
         _claim(config.out, recipe)
         if not (config.out / "manifest.json").is_file():
             tokenizer.save(config.out / "tokenizer.model")
@@ -134,24 +132,6 @@ class Job:
     def stats_path(self, unit: int) -> Path:
         """Where a finished unit leaves its numbers: the sign that its shards are whole."""
         return self.folder / ".work" / f"{unit:05d}.json"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock goes with the process, however that ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is preparing {folder} now: wait for it, or choose another --out"
-            ) from error
-        yield
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:

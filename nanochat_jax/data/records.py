@@ -1,16 +1,14 @@
 """Token records on disk: what a prepared folder holds, and how Grain and TFDS both come to open it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
 from nanochat_jax.config import from_json, write_json
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import replacing
+from nanochat_jax.files import read_json, replacing
 
 SPLITS = ("train", "val")
 
@@ -70,13 +68,6 @@ def load_manifest(folder: Path) -> Manifest:
 def shard_path(folder: Path, split: str, unit: int, units: int) -> Path:
     """Name of a shard, in the form TFDS expects of a set called "records"."""
     return folder / f"records-{split}.array_record-{unit:05d}-of-{units:05d}"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete the folder and prepare it again") from error
 
 
 def write_shard(path: Path, records: list[bytes]) -> None:
