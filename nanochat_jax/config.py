@@ -262,8 +262,10 @@ def _from_json_value(hint: Any, value: Any, where: str) -> Any:
         )
     if dataclasses.is_dataclass(hint):
         return from_json(typing.cast(type, hint), value, where)
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(value)
+    if hint in (int, float, str, bool) and not isinstance(value, (int, float) if hint is float else hint):
+        raise UserError(f"{where}: {value!r} should be of type {hint.__name__}")
     return Path(value) if hint is Path else value
 
 

@@ -1,5 +1,7 @@
 """Open a finished model: parameters, architecture and tokenizer from the folder of a run."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ class LoadedModel:
     tokenizer: tokenizer.Tokenizer
     compute: Compute
     step: int
+    fingerprint: str  # of all stored arrays together
     meta: dict[str, Any]  # of the checkpoint: stage, recipe, data position
     metrics: dict[str, float]  # measured when it was saved
 
@@ -53,6 +56,7 @@ def load_model(
         tokenizer=tokenizer.from_bytes(found.tokenizer),
         compute=compute or default_compute(),
         step=found.step,
+        fingerprint=hashlib.sha256(json.dumps(found.arrays, sort_keys=True).encode()).hexdigest(),
         meta=found.meta,
         metrics=found.metrics,
     )

@@ -215,6 +215,8 @@ def trunk(
     Returns:
         x_BTD in the compute dtype, and the extended cache (None without one).
     """
+    if cache is not None and segment_ids_BT is not None:
+        raise ValueError("segments are for whole sequences: a cache holds one segment a row")
     if counts_B is None:
         counts_B = jnp.full(tokens_BT.shape[0], tokens_BT.shape[1], jnp.int32)
     rngs = None if dropout_key is None else {"dropout": dropout_key}

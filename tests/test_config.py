@@ -86,6 +86,8 @@ def test_json_with_unknown_or_missing_keys_is_refused():
         from_json(Outer, {"path": "x", "inner": {"matrx_lr": 1.0}})
     with pytest.raises(UserError, match="'path' is missing"):
         from_json(Outer, {})
+    with pytest.raises(UserError, match=r"config\.inner\.matrix_lr: 'high' should be of type float"):
+        from_json(Outer, {"path": "x", "inner": {"matrix_lr": "high"}})
 
 
 def test_write_json_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):

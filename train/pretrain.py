@@ -133,7 +133,7 @@ def main(config: Config) -> Result:
             "tokenizer": tok.sha256,
             "data": manifest.fingerprint,
             "compute_dtype": compute.dtype,
-            "init_from": {"folder": config.init_from, "step": start.step} if start else None,
+            "init_from": start.fingerprint if start else None,
         },
         cfg=cfg,
         tokenizer=tok,

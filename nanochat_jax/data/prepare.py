@@ -156,22 +156,22 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 def _run(job: Job, workers: int) -> list[UnitStats]:
     """Do every unit that is not done yet, and return the numbers of all of them."""
     units = range(len(job.source.units))
-    todo = [unit for unit in units if not job.stats_path(unit).is_file()]
+    unfinished = [unit for unit in units if not job.stats_path(unit).is_file()]
     size = job.source.size_bytes
-    done = sum(map(size, units)) - sum(map(size, todo))
+    done = sum(map(size, units)) - sum(map(size, unfinished))
     with tqdm(
-        total=done + sum(map(size, todo)), initial=done, unit="B", unit_scale=True, desc="prepare", disable=None
+        total=done + sum(map(size, unfinished)), initial=done, unit="B", unit_scale=True, desc="prepare", disable=None
     ) as progress:
-        for unit in _finished_units(job, todo, min(workers, len(todo))):
+        for unit in _finished_units(job, unfinished, min(workers, len(unfinished))):
             progress.update(size(unit))
     return [from_json(UnitStats, read_json(job.stats_path(unit)), str(job.stats_path(unit))) for unit in units]
 
 
-def _finished_units(job: Job, todo: list[int], workers: int) -> Iterator[int]:
+def _finished_units(job: Job, unfinished: list[int], workers: int) -> Iterator[int]:
     """Units as they get done, in worker processes if more than one is allowed."""
     if workers <= 1:
         tokenizer = tokenizers.from_bytes(job.tokenizer)
-        for unit in todo:
+        for unit in unfinished:
             _prepare_unit(job, tokenizer, unit)
             yield unit
         return
@@ -179,7 +179,7 @@ def _finished_units(job: Job, todo: list[int], workers: int) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,))
     try:
-        for future in as_completed([pool.submit(_work, unit) for unit in todo]):
+        for future in as_completed([pool.submit(_work, unit) for unit in unfinished]):
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError("a worker process died, most likely out of memory: try fewer --workers") from error
