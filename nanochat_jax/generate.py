@@ -189,6 +189,8 @@ def generate(
     Raises:
         UserError: if a prompt is empty, or leaves no room for a new token.
     """
+    if not prompts:
+        return []
     longest = max(len(prompt) for prompt in prompts)
     if min(len(prompt) for prompt in prompts) == 0:
         raise UserError("generate: a prompt is empty; begin it with the <|bos|> token")

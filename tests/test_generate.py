@@ -86,3 +86,7 @@ def test_prompts_that_cannot_be_continued_are_refused(params):
         generate(params, CFG, [[]], max_new_tokens=1)
     with pytest.raises(UserError, match="192"):
         generate(params, CFG, [[1] * 192], max_new_tokens=1)
+
+
+def test_no_prompts_give_no_continuations(params):
+    assert generate(params, CFG, [], max_new_tokens=1) == []

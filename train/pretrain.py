@@ -3,7 +3,8 @@
 One dial, --model.depth, sets width, heads, training length, batch, learning rates and weight decay, as nanochat's
 scaling laws have it; every one of them can be set by hand. The same command run again goes on where it stopped.
 
-    python -m train.pretrain --data runs/demo/data --run.out runs/demo/base --model.depth 4
+    python -m train.pretrain --data runs/demo/data --run.out runs/my/base --model.depth 3 --model.head-dim 64 \\
+        --steps 500 --batch-tokens 4096 --lr-scale 0.55
 """
 
 import math
@@ -241,19 +242,16 @@ def sample_hook(
     every: int, cfg: Architecture, tok: tokenizer.Tokenizer, compute: Compute, prompts: tuple[str, ...]
 ) -> Hook:
     """Print how the model continues a few prompts."""
-
     usable = usable_prompts(cfg, tok, prompts)
 
     def run(step: int, state: TrainState) -> dict[str, float]:
         how = Sampling(temperature=0.8, top_k=50, seed=step)
-        texts = continue_texts(
-            state.params, cfg, tok, usable, max_new_tokens=48, sampling=how, compute=compute
-        )  # fmt: skip
+        texts = continue_texts(state.params, cfg, tok, usable, max_new_tokens=48, sampling=how, compute=compute)
         for prompt, text in zip(usable, texts, strict=True):
             tqdm.write(f"  {prompt}│{text}")
         return {}
 
-    return Hook(every, run if usable else lambda step, state: {})
+    return Hook(every, run)
 
 
 def _announce(plan: Plan, records_count: int) -> None:

@@ -148,11 +148,10 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
     accumulate = micro_batches(stage.rows_per_step, run, mesh)
     like = state.abstract_state(stage.init_params, stage.tx, model.logical_axes(stage.cfg), mesh)
     recipe = to_json(stage.recipe)
-    best = "val_bpb"
     with (
         locked(run.out),
         StopSignal().listening() as stop,  # the outer one: a signal must not cut the last save short
-        Checkpoints(run.out / "checkpoints", keep_newest=run.keep_newest, keep_best=best) as checkpoints,
+        Checkpoints(run.out / "checkpoints", keep_newest=run.keep_newest) as checkpoints,
     ):
         if run.resume == "never":
             checkpoints.set_aside(checkpoints.steps())
@@ -161,6 +160,9 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         if train_state is None:
             train_state = _initial_state(stage, like)
         start = int(train_state.step)
+        if start >= stage.steps:
+            print(f"{run.out} is at step {start:,} already, and done")
+            return train_state, mesh
         measured: dict[int, dict[str, float]] = {}  # by step: a checkpoint claims only what was measured on it
 
         def remember(hook: Hook) -> Hook:
@@ -181,9 +183,6 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         tokens = stage.rows_per_step * stage.cfg.sequence_len
         units = Units(tokens, tokens * stage.cfg.flops_per_token(), peak * jax.device_count())
         wandb = {"project": run.wandb, "name": run.out.name, "config": to_json(command)} if run.wandb else None
-        if start >= stage.steps:
-            print(f"{run.out} is at step {start:,} already, and done")
-            return train_state, mesh
         device = mesh.devices.flat[0].device_kind
         print(f"{'going on from' if start else 'starting at'} step {start:,} on {mesh.size} × {device}")
         with MetricsLog(run.out, step=start, wandb=wandb) as log:
