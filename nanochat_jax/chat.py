@@ -143,36 +143,34 @@ def content_parts(message: Message) -> list[Part]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def render(conversation: Conversation, tokenizer: Tokenizer, *, merge_system: bool = False) -> Rendered:
+def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
     """A conversation to learn from: the assistant's text, its python calls and its end token are supervised.
 
-    Text is encoded as text whatever it looks like, so no message can forge a turn.
-
-    Args:
-        conversation: ends with the assistant.
-        tokenizer: of the model.
-        merge_system: put the system message before the first user text, with an empty line between, as nanochat does;
-            for models converted from it, which know no system tokens.
+    Text is encoded as text whatever it looks like, so no message can forge a turn. A tokenizer without system tokens,
+    as models converted from nanochat have, gets the system message before the first user text, with an empty line
+    between, as nanochat does it.
 
     Raises:
-        UserError: if it is no valid conversation.
+        UserError: if it is no valid conversation, or the tokenizer knows no turns.
     """
-    return _render(check_conversation(conversation), tokenizer, merge_system)
+    return _render(check_conversation(conversation), tokenizer)
 
 
-def render_prompt(conversation: Conversation, tokenizer: Tokenizer, *, merge_system: bool = False) -> list[int]:
+def render_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Tokens for the assistant to go on from: a conversation that ends with the user, then assistant_start.
 
     Raises:
         UserError: if it is no valid conversation, or does not end with the user.
     """
     checked = check_conversation(conversation, last="user")
-    return [*_render(checked, tokenizer, merge_system).tokens, tokenizer.control["<|assistant_start|>"]]
+    return [*_render(checked, tokenizer).tokens, tokenizer.control["<|assistant_start|>"]]
 
 
-def _render(conversation: Conversation, tokenizer: Tokenizer, merge_system: bool) -> Rendered:
+def _render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
     messages = conversation["messages"]
-    if merge_system:
+    if "<|assistant_start|>" not in tokenizer.control:
+        raise UserError("the tokenizer has no tokens for the turns of a conversation: its model only continues text")
+    if "<|system_start|>" not in tokenizer.control:
         messages = _merge_system(messages)
     rendered = Rendered([tokenizer.bos], [False])
     for message in messages:

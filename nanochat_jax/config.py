@@ -207,6 +207,9 @@ def _scaling_params(cfg: ModelConfig) -> int:
     return counts["transformer_matrices"] + counts["lm_head"]
 
 
+LEARNING_RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "smear_lr")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """Rates at the reference batch and width, and the shape of the schedules (optim.py applies them)."""
@@ -215,14 +218,23 @@ class OptimConfig:
     unembedding_lr: float = 0.008
     matrix_lr: float = 0.02
     scalar_lr: float = 0.5
+    smear_lr: float = 0.2  # of the smear and backout group, not scaled by the batch
     warmup_steps: int = 40
     warmdown_fraction: float = 0.65  # of all steps, linear at the end
     final_lr_fraction: float = 0.05
+    momentum: tuple[float, float, float] = (
+        0.85,
+        0.97,
+        0.90,
+    )  # Muon's: first, after its warm-up, last
+    momentum_warmup_steps: int = 400
 
     def __post_init__(self) -> None:
-        for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "warmup_steps"):
+        for name in (*LEARNING_RATES, "warmup_steps", "momentum_warmup_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"optim: {name}={getattr(self, name)} must not be negative")
+        if len(self.momentum) != 3 or not all(0 <= value < 1 for value in self.momentum):
+            raise UserError(f"optim: momentum={self.momentum} must be three numbers from 0 to below 1")
         for name in ("warmdown_fraction", "final_lr_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"optim: {name}={getattr(self, name)} must lie between 0 and 1")

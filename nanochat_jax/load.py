@@ -2,61 +2,103 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from nanochat_jax import model, sharding, tokenizer
-from nanochat_jax.checkpoint import Checkpoints
+from nanochat_jax.checkpoint import Checkpoint, Checkpoints
 from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute, default_compute
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    params: model.Params
+class StoredModel:
+    """What a checkpoint says of its model; its arrays are still on disk."""
+
+    folder: Path
+    checkpoint: Checkpoint
     cfg: Architecture
     tokenizer: tokenizer.Tokenizer
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.checkpoint.meta["recipe"]
+
+    @property
+    def trained_in(self) -> Compute:
+        """The dtype that the embedding tables are stored in."""
+        return Compute(dtype=self.recipe["compute_dtype"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all stored arrays together."""
+        return hashlib.sha256(json.dumps(self.checkpoint.arrays, sort_keys=True).encode()).hexdigest()
+
+    def has(self, field: str) -> bool:
+        """Whether arrays of a field of the training state are stored."""
+        return any(name.split("/")[0] == field for name in self.checkpoint.arrays)
+
+    def restore(self, like: Any) -> Any:
+        """Some fields of the training state, as {"params": …}; see `Checkpoints.restore`."""
+        restored = Checkpoints(self.folder / "checkpoints").restore(like, step=self.checkpoint.step)
+        assert restored is not None
+        return restored[0]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model to work with."""
+
+    params: model.Params
+    stored: StoredModel
     compute: Compute
-    step: int
-    fingerprint: str  # of all stored arrays together
-    meta: dict[str, Any]  # of the checkpoint: stage, recipe, data position
-    metrics: dict[str, float]  # measured when it was saved
+
+    @property
+    def cfg(self) -> Architecture:
+        return self.stored.cfg
+
+    @property
+    def tokenizer(self) -> tokenizer.Tokenizer:
+        return self.stored.tokenizer
+
+    @property
+    def step(self) -> int:
+        return self.stored.checkpoint.step
+
+
+def open_model(folder: Path, *, step: int | None = None) -> StoredModel:
+    """Find the newest good checkpoint of a run, or that of a step, and read what it says of itself.
+
+    Raises:
+        UserError: there is no checkpoint, or none is good.
+    """
+    found = Checkpoints(folder / "checkpoints").peek(step)
+    if found is None:
+        raise UserError(f"{folder} holds no checkpoint; make one with python -m train.pretrain --run.out {folder}")
+    cfg = model.config_from_json(found.meta["recipe"]["model"])
+    return StoredModel(folder, found, cfg, tokenizer.from_bytes(found.tokenizer))
 
 
 def load_model(
     folder: Path, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None, compute: Compute | None = None
 ) -> LoadedModel:
-    """Load the newest good checkpoint of a run, or that of a step, onto a mesh (default: one device).
+    """Load a checkpoint's parameters, the newest good ones or those of a step, onto a mesh (default: one device).
 
     The embedding tables keep the dtype that they were trained in; everything is computed in `compute`'s.
 
     Raises:
         UserError: there is no checkpoint, or none is undamaged.
     """
-    checkpoints = Checkpoints(folder / "checkpoints")
-    found = checkpoints.peek(step)
-    if found is None:
-        raise UserError(f"{folder} holds no checkpoint; make one with python -m train.pretrain --run.out {folder}")
-    cfg = model.config_from_json(found.meta["recipe"]["model"])
-    stored = Compute(dtype=found.meta["recipe"]["compute_dtype"])
-    shapes = jax.eval_shape(lambda key: model.init_params(key, cfg, stored), jax.random.key(0))
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-    placed = sharding.param_shardings(mesh, model.logical_axes(cfg), shapes)
+    stored = open_model(folder, step=step)
+    shapes = jax.eval_shape(lambda key: model.init_params(key, stored.cfg, stored.trained_in), jax.random.key(0))
+    placed = sharding.param_shardings(mesh, model.logical_axes(stored.cfg), shapes)
     like = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, placed)
-    restored = checkpoints.restore({"params": like}, step=step)
+    restored = Checkpoints(folder / "checkpoints").restore({"params": like}, step=step)
     assert restored is not None
-    state, found = restored
-    return LoadedModel(
-        params=state["params"],
-        cfg=cfg,
-        tokenizer=tokenizer.from_bytes(found.tokenizer),
-        compute=compute or default_compute(),
-        step=found.step,
-        fingerprint=hashlib.sha256(json.dumps(found.arrays, sort_keys=True).encode()).hexdigest(),
-        meta=found.meta,
-        metrics=found.metrics,
-    )
+    state, checkpoint = restored  # an older one, if the newest is damaged
+    return LoadedModel(state["params"], replace(stored, checkpoint=checkpoint), compute or default_compute())

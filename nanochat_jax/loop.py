@@ -125,10 +125,11 @@ def fit(
     def report(step: int, metrics: StepMetrics) -> None:
         nonlocal bad_steps
         loss, applied = float(metrics.loss), bool(metrics.applied)
-        values = {"loss": loss, "grad_norm": float(metrics.grad_norm)}
+        means = {name: float(value) for name, value in metrics.means.items()}
+        values = {"loss": loss, **means, "grad_norm": float(metrics.grad_norm)}
         if not applied:
             values["skipped"] = 1.0
-        shown = f"loss {loss:.4f}"
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in {"loss": loss, **means}.items())
         if seconds := clock.lap():
             values |= {
                 "seconds_per_step": seconds,

@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from nanochat_jax.config import Horizon, ModelConfig, OptimConfig
-from nanochat_jax.muon import Schedule, muon
+from nanochat_jax.muon import MuonState, Schedule, muon
 
 REFERENCE_WIDTH = 768  # Adam's rates for the tables shrink as width**-0.5 from here
-MUON_WARMUP_STEPS = 400  # of the momentum
-SMEAR_LR = 0.2  # the smear and backout group's rate, not scaled by the batch
 
 GROUP_OF_LEAF = {
     "wte": "wte",
@@ -39,14 +37,15 @@ def lr_multiplier(steps: int, cfg: OptimConfig) -> Schedule:
 
 
 def muon_momentum(steps: int, cfg: OptimConfig) -> Schedule:
-    """0.85 → 0.97 over the first 400 steps, then 0.97, then → 0.90 across the warm-down."""
+    """From the first to the second value over the warm-up, then flat, then to the third across the warm-down."""
+    first, flat, last = cfg.momentum
     warmdown_steps = round(cfg.warmdown_fraction * steps)
 
     def momentum(step: jax.Array) -> jax.Array:
-        warmup = step / MUON_WARMUP_STEPS
+        warmup = step / max(cfg.momentum_warmup_steps, 1)
         progress = (step - (steps - warmdown_steps)) / max(warmdown_steps, 1)
-        late = jnp.where(step >= steps - warmdown_steps, 0.97 + progress * (0.90 - 0.97), 0.97)
-        return jnp.where(step < MUON_WARMUP_STEPS, (1 - warmup) * 0.85 + warmup * 0.97, late)
+        late = jnp.where(step >= steps - warmdown_steps, flat + progress * (last - flat), flat)
+        return jnp.where(step < cfg.momentum_warmup_steps, (1 - warmup) * first + warmup * flat, late)
 
     return momentum
 
@@ -102,7 +101,7 @@ def make_optimizer(
         "value_embeds": adamw(0.5 * cfg.embedding_lr * batch * width, 0.8, 0.995, 0.01),
         "resid_lambdas": adamw(0.01 * cfg.scalar_lr * batch, 0.8, 0.95, 0.05),
         "x0_lambdas": adamw(cfg.scalar_lr * batch, 0.96, 0.95, 0.0),
-        "smear": adamw(SMEAR_LR, 0.8, 0.95, 0.0),
+        "smear": adamw(cfg.smear_lr, 0.8, 0.95, 0.0),
         "matrices": muon(
             rate(cfg.matrix_lr * batch),
             muon_momentum(length.steps, cfg),
@@ -111,3 +110,15 @@ def make_optimizer(
         ),
     }
     return optax.partition(groups, parameter_groups)
+
+
+def restart_schedules(opt_state: Any) -> Any:
+    """An optimizer's state as another training stage begins with it: the moments go on, the schedules start anew."""
+
+    def restart(node: Any) -> Any:
+        if isinstance(node, optax.ScaleByScheduleState):
+            return node._replace(count=jnp.zeros_like(node.count))
+        return node._replace(updates=jnp.zeros_like(node.updates)) if isinstance(node, MuonState) else node
+
+    kinds = (optax.ScaleByScheduleState, MuonState)
+    return jax.tree.map(restart, opt_state, is_leaf=lambda node: isinstance(node, kinds))

@@ -1,6 +1,7 @@
 """What training carries from step to step, and one step of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ from nanochat_jax import sharding
 from nanochat_jax.model import Params
 
 Batch = dict[str, jax.Array]
-# (params, micro-batch, PRNG key) → (summed loss, number of things summed over)
-LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, jax.Array]]
+# (params, micro-batch, PRNG key) → (summed loss, other sums: "count" of what is summed over, and what else to log)
+LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class TrainState(NamedTuple):
@@ -26,6 +27,7 @@ class StepMetrics(NamedTuple):
     loss: jax.Array  # mean over the step's counted targets
     grad_norm: jax.Array
     applied: jax.Array  # bool; False where the loss or a gradient was not finite and nothing was updated
+    means: Mapping[str, Any] = MappingProxyType({})  # of whatever else the loss function sums
 
 
 def abstract_state(
@@ -47,7 +49,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted train step: (state, batch of micro-batches (A, B, …)) → (state, StepMetrics).
 
-    Gradients are summed over micro-batches and divided by the step's count of targets once, so that accumulation
+    Gradients are summed over micro-batches and divided by the step's count once, so that accumulation
     equals one large batch also where targets are masked. A step that is not finite leaves parameters and optimizer
     as they were.
     """
@@ -66,11 +68,12 @@ def make_train_step(
         if accumulate == 1:
             total = sums(0, jax.tree.map(lambda x: x[0], batch))
         else:  # in float32: bfloat16 would lose the small terms of a long sum
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-            start = (jnp.float32(0), jnp.int32(0)), zeros
+            one = jax.eval_shape(sums, 0, jax.tree.map(lambda x: x[0], batch))
+            start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), one)
             total, _ = jax.lax.scan(accumulate_one, start, (jnp.arange(accumulate), batch))
-        (loss_sum, count), grads = total
-        count = jnp.maximum(count, 1).astype(jnp.float32)
+        (loss_sum, others), grads = total
+        count = jnp.maximum(others.pop("count"), 1).astype(jnp.float32)
+        means = {name: value / count for name, value in others.items()}
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
         loss, grad_norm = loss_sum / count, optax.tree.norm(grads)
         applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -78,7 +81,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         proposed = (optax.apply_updates(state.params, updates), opt_state)
         kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), proposed, (state.params, state.opt_state))
-        return TrainState(state.step + 1, *kept), StepMetrics(loss, grad_norm, applied)
+        return TrainState(state.step + 1, *kept), StepMetrics(loss, grad_norm, applied, means)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(step, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))

@@ -8,7 +8,8 @@ import pytest
 
 from nanochat_jax import model, tokenizer
 from nanochat_jax.config import from_depth
-from nanochat_jax.data.pretrain import open_split, validation_batches
+from nanochat_jax.data.batches import validation_batches
+from nanochat_jax.data.pretrain import open_split
 from nanochat_jax.eval.bpb import BitsPerByte, make_evaluator
 from nanochat_jax.layers import Compute
 

@@ -58,18 +58,25 @@ def test_prompt_is_the_beginning_of_the_whole(tok):
     assert whole[: len(prompt)] == prompt and readable(prompt, tok)[-1] == "<|assistant_start|>"
 
 
-def test_system_message_merged_into_the_first_user_turn(tok):
-    merged = render(conversation("ask", "done", system="be kind"), tok, merge_system=True)
-    assert merged == render(conversation("be kind\n\nask", "done"), tok)
-    assert render(conversation("ask", "done"), tok, merge_system=True) == render(conversation("ask", "done"), tok)
-    parts = conversation([{"type": "text", "text": "as"}, {"type": "text", "text": "k"}], system="be kind")
-    assert render_prompt(parts, tok, merge_system=True) == render_prompt(conversation("be kind\n\nask"), tok)
+@pytest.fixture
+def upstreams(tok, monkeypatch) -> SentencePieceTokenizer:
+    """One without system tokens, as nanochat's own."""
+    monkeypatch.setattr(tok, "control", {k: v for k, v in tok.control.items() if "system" not in k})
+    return tok
 
 
-def test_merging_does_not_change_the_conversation(tok):
+def test_without_system_tokens_the_message_is_merged_into_the_first_user_turn(upstreams):
     original = conversation("ask", "done", system="be kind")
-    render(original, tok, merge_system=True)
+    assert render(original, upstreams) == render(conversation("be kind\n\nask", "done"), upstreams)
     assert original == conversation("ask", "done", system="be kind")
+    parts = conversation([{"type": "text", "text": "as"}, {"type": "text", "text": "k"}], system="be kind")
+    assert render_prompt(parts, upstreams) == render_prompt(conversation("be kind\n\nask"), upstreams)
+
+
+def test_a_tokenizer_that_knows_no_turns_is_refused(tok, monkeypatch):
+    monkeypatch.setattr(tok, "control", {"<|bos|>": tok.bos})
+    with pytest.raises(UserError, match="no tokens for the turns"):
+        render(conversation("ask", "done"), tok)
 
 
 def test_look_alikes_stay_text(tok):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from nanochat_jax import tokenizer as tokenizers
+from nanochat_jax.data.batches import batches, validation_batches
 from nanochat_jax.data.prepare import PrepareConfig, prepare
-from nanochat_jax.data.pretrain import Records, batches, open_split, validation_batches
+from nanochat_jax.data.pretrain import Records, open_split
 from nanochat_jax.data.records import Manifest, SplitStats, encode_example
 from nanochat_jax.errors import UserError
 
@@ -98,11 +99,6 @@ def test_validation_hosts_read_slices_of_one_global_batch(numbered, hosts):
     assert {len(part) for part in parts} == {len(whole)}
     for step, expected in enumerate(whole):
         np.testing.assert_array_equal(np.concatenate([part[step]["targets"] for part in parts]), expected)
-
-
-def test_split_smaller_than_a_batch(numbered):
-    with pytest.raises(UserError, match="23 numbered records, less than one batch of 24 rows"):
-        batches(numbered, batch_size=24, seed=0)
 
 
 def test_batch_that_does_not_divide_among_hosts(numbered):

@@ -17,8 +17,9 @@ import tensorflow_datasets as tfds
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.data import prepare as preparing
 from nanochat_jax.data import records
+from nanochat_jax.data.batches import validation_batches
 from nanochat_jax.data.prepare import PrepareConfig, prepare
-from nanochat_jax.data.pretrain import open_split, validation_batches
+from nanochat_jax.data.pretrain import open_split
 from nanochat_jax.data.sources import open_source
 from nanochat_jax.errors import UserError
 from train import prepare as stage

@@ -9,7 +9,7 @@ import pytest
 from nanochat_jax import gpt2
 from nanochat_jax.errors import UserError
 from nanochat_jax.gpt2 import GPT2Config, Preset
-from nanochat_jax.load import load_model
+from nanochat_jax.load import load_model, open_model
 from nanochat_jax.metrics import read_metrics
 from train import pretrain, sample
 from train.stage import RunConfig
@@ -42,8 +42,8 @@ def base(tiny_data, tmp_path_factory):
 def test_a_preset_sets_architecture_batch_steps_and_rates(tiny_data, base):
     loaded = load_model(base)
     assert loaded.cfg == replace(TINY.model, sequence_len=32, vocab_size=loaded.tokenizer.vocab_size)
-    assert loaded.step == TINY.steps and loaded.meta["recipe"]["rows"] == TINY.batch_size
-    assert loaded.meta["recipe"]["optim"]["warmup_steps"] == 1  # at most a tenth of the steps
+    assert loaded.step == TINY.steps and loaded.stored.recipe["rows"] == TINY.batch_size
+    assert loaded.stored.recipe["optim"]["warmup_steps"] == 1  # at most a tenth of the steps
     assert losses(base)[-1] < losses(base)[0]
 
 
@@ -63,7 +63,7 @@ def test_dropout_differs_from_step_to_step_and_is_off_in_evaluation(tiny_data, b
 def test_fine_tuning_starts_where_the_other_run_ended(tiny_data, base, tmp_path):
     pretrain.main(config(tiny_data, tmp_path, init_from=base, steps=3, lr_scale=0.1))
     assert abs(losses(tmp_path)[0] - losses(base)[-1]) < 0.1 < losses(base)[0] - losses(base)[-1]
-    assert load_model(tmp_path).meta["recipe"]["init_from"] == load_model(base).fingerprint
+    assert open_model(tmp_path).recipe["init_from"] == open_model(base).fingerprint
 
 
 def test_samples_come_out_of_it(base):

@@ -211,7 +211,7 @@ def test_unknown_flags_and_bad_input_exit_with_2_and_no_traceback(tiny_data, tmp
 
 def test_the_trained_model_loads_and_writes(whole, capsys):
     loaded = load_model(whole)
-    assert loaded.step == STEPS and loaded.meta["stage"] == "pretrain"
+    assert loaded.step == STEPS and loaded.stored.checkpoint.meta["stage"] == "pretrain"
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {np.dtype(np.float32)}
     samples = sample.main(sample.Config(checkpoint=whole, prompt=("ab", "cd"), max_new_tokens=8, n=2))
     assert [text[:2] for text in samples] == ["ab", "ab", "cd", "cd"]

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.chat import conversation, render
+from nanochat_jax.data.batches import batches, validation_batches
 from nanochat_jax.data.conversations import open_mixture
 from nanochat_jax.data.preference import open_pairs, render_pairs
-from nanochat_jax.data.sft import batches, best_fit, pack_conversations, validation_batches, whole_turns
+from nanochat_jax.data.sft import best_fit, pack_conversations, whole_turns
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import SentencePieceTokenizer, train
 from train import chat_show
@@ -45,7 +46,7 @@ def test_rows_hold_every_conversation_once(tok, chats):
     expected = sorted(tuple(render(c, tok).tokens[: whole_turns(render(c, tok), 97, tok)]) for c in chats)
     found = []
     for i in range(len(rows)):
-        for segment in unpack(rows[i]):
+        for segment in unpack(rows.row(i)):
             tokens = tuple(t for t in segment if t >= 0)
             if set(tokens) != {tok.bos}:
                 found.append(tokens)
@@ -54,9 +55,9 @@ def test_rows_hold_every_conversation_once(tok, chats):
 
 def test_targets_are_the_supervised_next_tokens(tok, chats):
     rows = pack_conversations(chats, tok, 96)
-    assert rows.stats.supervised_tokens == sum((rows[i]["targets"] >= 0).sum() for i in range(len(rows)))
+    assert rows.stats.supervised_tokens == sum((rows.row(i)["targets"] >= 0).sum() for i in range(len(rows)))
     for i in range(len(rows)):
-        row = rows[i]
+        row = rows.row(i)
         assert row["tokens"].shape == row["targets"].shape == row["segment_ids"].shape == (96,)
         assert {a.dtype for a in row.values()} == {np.dtype(np.int32)}
         learnt = row["targets"][:-1] >= 0
@@ -68,7 +69,7 @@ def test_targets_are_the_supervised_next_tokens(tok, chats):
 
 
 def test_targets_by_hand(tok):
-    row = pack_conversations([conversation("a", "b")], tok, 10)[0]
+    row = pack_conversations([conversation("a", "b")], tok, 10).row(0)
     c = {name: tok.control[f"<|{name}|>"] for name in ("user_start", "user_end", "assistant_start", "assistant_end")}
     [a], [b] = tok.encode("a"), tok.encode("b")
     assert row["tokens"].tolist() == [
@@ -137,7 +138,7 @@ def test_validation_has_every_row_once(tok, chats, batch_size, process_count):
     found = [
         t for stream in streams for batch in stream for t in map(bytes, batch["targets"]) if t != bytes(b"\xff" * 384)
     ]
-    assert sorted(found) == sorted(bytes(rows[i]["targets"]) for i in range(len(rows)))
+    assert sorted(found) == sorted(bytes(rows.row(i)["targets"]) for i in range(len(rows)))
 
 
 def write_pairs(path, *rows) -> str:

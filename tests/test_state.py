@@ -16,7 +16,7 @@ ROWS = 16
 
 def loss_fn(params, batch, key):
     nats_BT = model.token_nats(params, CFG, batch["tokens"], batch["targets"], compute=COMPUTE)
-    return nats_BT.sum(), (batch["targets"] >= 0).sum()
+    return nats_BT.sum(), {"count": (batch["targets"] >= 0).sum()}
 
 
 def batch(seed: int = 0) -> dict[str, np.ndarray]:
@@ -89,7 +89,7 @@ def test_accumulation_equals_one_large_batch(single):
 
 def test_gradients_of_bfloat16_tables_are_summed_in_float32():
     def loss(params, batch, key):
-        return (params["table"].astype(jnp.float32) * batch["x"]).sum(), jnp.int32(1)
+        return (params["table"].astype(jnp.float32) * batch["x"]).sum(), {"count": jnp.int32(1)}
 
     tx = optax.sgd(1.0)
     params = {"table": jnp.zeros(4, jnp.bfloat16)}

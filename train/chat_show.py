@@ -30,8 +30,6 @@ class Config:
     """Of the order."""
     sequence_len: int = 512
     """Tokens the model sees at once: says how many conversations do not fit."""
-    merge_system: bool = False
-    """Put system messages into the first user turn, as for models converted from nanochat."""
 
 
 def main(config: Config) -> SFTStats:
@@ -39,8 +37,8 @@ def main(config: Config) -> SFTStats:
     tokenizer = tokenizers.load(config.tokenizer)
     mixture = open_mixture(config.mix, config.split, seed=config.seed)
     for conversation in mixture[: config.n]:
-        print(show(render(conversation, tokenizer, merge_system=config.merge_system), tokenizer))
-    stats = pack_conversations(mixture, tokenizer, config.sequence_len, merge_system=config.merge_system).stats
+        print(show(render(conversation, tokenizer), tokenizer))
+    stats = pack_conversations(mixture, tokenizer, config.sequence_len).stats
     print(
         f"{stats.conversations:,} conversations: {stats.shortened:,} shortened and {stats.dropped:,} dropped to fit "
         f"{config.sequence_len} tokens; {stats.tokens:,} tokens, {stats.supervised_tokens:,} of them supervised, in "

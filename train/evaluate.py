@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from nanochat_jax import sharding
 from nanochat_jax.config import to_json, write_json
-from nanochat_jax.data.pretrain import Records, open_split, validation_batches
+from nanochat_jax.data.batches import validation_batches
+from nanochat_jax.data.pretrain import Records, open_split
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval.baselines import baselines
 from nanochat_jax.eval.bpb import make_evaluator
@@ -130,7 +131,7 @@ def main(config: Config) -> dict[str, Any]:
         for split in ("train", "val")
     )
     path = config.checkpoint / "evaluation.json"
-    identity = {"step": loaded.step, "data": val.manifest.fingerprint, "recipe": loaded.meta["recipe"]}
+    identity = {"step": loaded.step, "data": val.manifest.fingerprint, "recipe": loaded.stored.recipe}
     suites = _stored(path, identity)
     print(f"{config.checkpoint}, step {loaded.step:,}, on {config.data}")
     for name in names:

@@ -7,32 +7,31 @@ scaling laws have it; every one of them can be set by hand. The same command run
         --steps 500 --batch-tokens 4096 --lr-scale 0.55
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import optax
 from tqdm import tqdm
 
-from nanochat_jax import gpt2, model, optim, sharding, tokenizer
+from nanochat_jax import gpt2, model, optim, tokenizer
 from nanochat_jax.config import Architecture, ModelConfig, OptimConfig, from_depth, horizon
-from nanochat_jax.data import pretrain as records
+from nanochat_jax.data.batches import Batch as Rows
+from nanochat_jax.data.batches import batches
+from nanochat_jax.data.pretrain import open_split
 from nanochat_jax.data.records import load_manifest
 from nanochat_jax.errors import UserError
-from nanochat_jax.eval.bpb import make_evaluator
 from nanochat_jax.generate import continue_texts, usable_prompts
 from nanochat_jax.layers import Compute
-from nanochat_jax.load import load_model
+from nanochat_jax.load import open_model
 from nanochat_jax.loop import Hook
 from nanochat_jax.sampling import Sampling
 from nanochat_jax.state import Batch, LossFn, TrainState
 from train import cli
-from train.stage import RunConfig, Stage, at_least, micro_batches, run_stage
+from train.stage import RunConfig, Stage, at_least, micro_batches, run_stage, validation_hook
+from train.start import fresh, from_stored
 
 
 @dataclass(frozen=True)
@@ -103,25 +102,31 @@ def main(config: Config) -> Result:
     manifest = load_manifest(config.data)
     tok = tokenizer.load(config.data / "tokenizer.model")
     compute = config.run.compute.resolve()
-    start = None if config.init_from is None else load_model(config.init_from)
+    start = None if config.init_from is None else open_model(config.init_from)
     if start is not None and start.tokenizer.sha256 != tok.sha256:
         raise UserError(f"{config.init_from} has another tokenizer than {config.data}; prepare the data with its own")
     make_plan = plan_nanochat if config.preset == "nanochat" else plan_gpt2
     plan = make_plan(config, tok.vocab_size, manifest.sequence_len, start.cfg if start else None, compute.dtype)
     cfg, rows = plan.cfg, plan.rows
-    train_records = records.open_split(config.data, "train", tokenizer_sha256=tok.sha256)
-    val_records = records.open_split(config.data, "val", tokenizer_sha256=tok.sha256)
+    train_records = open_split(config.data, "train", tokenizer_sha256=tok.sha256)
+    val_records = open_split(config.data, "val", tokenizer_sha256=tok.sha256)
+    if len(train_records) < rows:
+        raise UserError(
+            f"there are {len(train_records):,} {train_records.name}, less than one batch of {rows:,} rows: "
+            "give more text, a smaller --batch-tokens or a shorter --sequence-len"
+        )
     _announce(plan, len(train_records))
 
-    def batches(step: int) -> Iterator[dict[str, np.ndarray]]:
-        return records.batches(
+    def feed(step: int) -> Iterator[Rows]:
+        return batches(
             train_records, batch_size=rows, seed=config.seed, start_step=step,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 
     def measure(mesh: jax.sharding.Mesh) -> list[Hook]:
         micro_rows = rows // micro_batches(rows, config.run, mesh)
-        return [validation_hook(config, cfg, val_records, tok, compute, mesh, micro_rows)]
+        every, limit = config.run.eval_every, config.eval_rows
+        return [validation_hook(every, val_records, micro_rows, limit=limit, model=(cfg, tok, compute), mesh=mesh)]
 
     stage = Stage(
         name="pretrain",
@@ -139,10 +144,9 @@ def main(config: Config) -> Result:
         cfg=cfg,
         tokenizer=tok,
         tx=plan.tx,
-        init_params=lambda key: model.init_params(key, cfg, compute),
-        start_params=start.params if start else None,
+        start=from_stored(start, plan.tx) if start else fresh(cfg, compute, plan.tx, config.seed),
         loss_fn=language_model_loss(cfg, compute),
-        batches=batches,
+        batches=feed,
         steps=plan.steps,
         rows_per_step=rows,
         seed=config.seed,
@@ -174,7 +178,7 @@ def plan_nanochat(config: Config, vocab_size: int, sequence_len: int, start: Arc
     )
     tx = optim.make_optimizer(cfg, length, config.optim, dtype)
     numbers = {"horizon": length, "optim": config.optim}
-    return Plan(cfg, length.steps, _rows(length.batch_tokens, cfg), numbers, tx)
+    return Plan(cfg, length.steps, rows_of(length.batch_tokens, cfg), numbers, tx)
 
 
 def plan_gpt2(config: Config, vocab_size: int, sequence_len: int, start: Architecture | None, dtype: str) -> Plan:
@@ -193,11 +197,12 @@ def plan_gpt2(config: Config, vocab_size: int, sequence_len: int, start: Archite
         learning_rate=preset.optim.learning_rate * (1.0 if config.lr_scale is None else config.lr_scale),
         warmup_steps=min(preset.optim.warmup_steps, steps // 10),
     )
-    rows = _rows(config.batch_tokens or preset.batch_size * sequence_len, cfg)
+    rows = rows_of(config.batch_tokens or preset.batch_size * sequence_len, cfg)
     return Plan(cfg, steps, rows, {"optim": numbers}, gpt2.make_gpt2_optimizer(numbers, steps))
 
 
-def _rows(batch_tokens: int, cfg: Architecture) -> int:
+def rows_of(batch_tokens: int, cfg: Architecture) -> int:
+    """Rows of a step; UserError if the tokens do not divide."""
     if batch_tokens % cfg.sequence_len:
         raise UserError(
             f"batch: {batch_tokens:,} tokens a step do not divide by the sequence length of {cfg.sequence_len}"
@@ -208,34 +213,12 @@ def _rows(batch_tokens: int, cfg: Architecture) -> int:
 def language_model_loss(cfg: Architecture, compute: Compute) -> LossFn:
     """Next-token cross-entropy, summed over the targets that count."""
 
-    def loss(params: model.Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nats_BT = model.token_nats(params, cfg, batch["tokens"], batch["targets"], compute=compute, dropout_key=key)
-        return nats_BT.sum(), (batch["targets"] >= 0).sum()
+    def loss(params: model.Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        options = {"segment_ids_BT": batch.get("segment_ids"), "compute": compute, "dropout_key": key}
+        nats_BT = model.token_nats(params, cfg, batch["tokens"], batch["targets"], **options)
+        return nats_BT.sum(), {"count": (batch["targets"] >= 0).sum()}
 
     return loss
-
-
-def validation_hook(
-    config: Config,
-    cfg: Architecture,
-    val_records: records.Records,
-    tok: tokenizer.Tokenizer,
-    compute: Compute,
-    mesh: jax.sharding.Mesh,
-    rows: int,
-) -> Hook:
-    """Bits per byte of the validation split, in batches of as many rows as a micro-batch has."""
-    evaluate = make_evaluator(cfg, tok.byte_lengths, compute)
-
-    def run(step: int, state: TrainState) -> dict[str, float]:
-        batches = records.validation_batches(
-            val_records, rows, process_index=jax.process_index(), process_count=jax.process_count()
-        )
-        some = islice(batches, math.ceil(config.eval_rows / rows) or None)
-        measured = evaluate(state.params, (sharding.put_batch(mesh, batch) for batch in some))
-        return {"val_bpb": measured.bpb, "val_loss": measured.loss}
-
-    return Hook(config.run.eval_every, run)
 
 
 def sample_hook(

@@ -1,25 +1,29 @@
 """What every training stage does around its loss: open the run folder, resume, fit, save."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import optax
 
-from nanochat_jax import model, sharding, state
+from nanochat_jax import sharding, state
 from nanochat_jax.checkpoint import Checkpoint, Checkpoints
 from nanochat_jax.config import Architecture, to_json, write_json
+from nanochat_jax.data.batches import Batch, Rows, validation_batches
 from nanochat_jax.errors import UserError
+from nanochat_jax.eval.bpb import make_evaluator
 from nanochat_jax.files import locked
 from nanochat_jax.layers import Compute, default_compute
 from nanochat_jax.loop import Hook, StopSignal, Units, fit
 from nanochat_jax.metrics import MetricsLog, peak_flops
 from nanochat_jax.sharding import MeshConfig
 from nanochat_jax.tokenizer import Tokenizer
+from train.start import Start, abstract_state
 
 
 def at_least(flag: str, value: int | None, least: int) -> None:
@@ -88,6 +92,10 @@ class RunConfig:
         at_least("run.keep-newest", self.keep_newest, 1)
 
 
+# (state, what to try) → (rows to learn from, what to log of them)
+Rollout = Callable[[state.TrainState, Batch], tuple[Batch, dict[str, float]]]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One training stage: what it trains, on what, towards what.
@@ -100,16 +108,16 @@ class Stage:
     cfg: Architecture
     tokenizer: Tokenizer
     tx: optax.GradientTransformation
-    init_params: Callable[[jax.Array], model.Params]
-    start_params: model.Params | None  # to start from, in place of fresh ones
+    start: Start
     loss_fn: state.LossFn
-    batches: Callable[[int], Iterator[dict[str, np.ndarray]]]  # from a step on
+    batches: Callable[[int], Iterator[Batch]]  # from a step on
     steps: int
     rows_per_step: int
     seed: int
     compute: Compute
     measure: Callable[[jax.sharding.Mesh], list[Hook]]  # before a checkpoint is saved, which keeps what they find
     look: list[Hook]  # after it
+    rollout: Rollout | None = None  # turns what `batches` gives into what is learnt from
 
 
 def micro_batches(rows_per_step: int, run: RunConfig, mesh: jax.sharding.Mesh) -> int:
@@ -146,7 +154,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
     """
     mesh = sharding.make_mesh(run.mesh)
     accumulate = micro_batches(stage.rows_per_step, run, mesh)
-    like = state.abstract_state(stage.init_params, stage.tx, model.logical_axes(stage.cfg), mesh)
+    like = abstract_state(stage.cfg, stage.compute, stage.tx, mesh)
     recipe = to_json(stage.recipe)
     with (
         locked(run.out),
@@ -158,7 +166,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         train_state = _restore(checkpoints, like, recipe)
         write_json(run.out / "config.json", command)
         if train_state is None:
-            train_state = _initial_state(stage, like)
+            train_state = stage.start(like)
         start = int(train_state.step)
         if start >= stage.steps:
             print(f"{run.out} is at step {start:,} already, and done")
@@ -185,11 +193,12 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         wandb = {"project": run.wandb, "name": run.out.name, "config": to_json(command)} if run.wandb else None
         device = mesh.devices.flat[0].device_kind
         print(f"{'going on from' if start else 'starting at'} step {start:,} on {mesh.size} × {device}")
+        train_step, batches = _steps(stage, like, mesh, start, accumulate)
         with MetricsLog(run.out, step=start, wandb=wandb) as log:
             train_state = fit(
                 train_state,
-                state.make_train_step(stage.loss_fn, stage.tx, like, stage.seed),
-                _on_device(stage.batches(start), mesh, accumulate),
+                train_step,
+                batches,
                 steps=stage.steps,
                 hooks=[*map(remember, stage.measure(mesh)), Hook(run.save_every, save), *stage.look],
                 save=save,
@@ -200,19 +209,48 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
     return train_state, mesh
 
 
-def _initial_state(stage: Stage, like: state.TrainState) -> state.TrainState:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    if stage.start_params is None:
-        fresh = jax.jit(lambda key: state.new_state(stage.init_params(key), stage.tx), out_shardings=shardings)
-        return fresh(jax.random.key(stage.seed))
-    cast = jax.tree.map(lambda leaf, as_in: leaf.astype(as_in.dtype), stage.start_params, like.params)
-    params = jax.device_put(cast, shardings.params)
-    return jax.jit(lambda params: state.new_state(params, stage.tx), out_shardings=shardings)(params)
+def validation_hook(
+    every: int,
+    rows: Rows,
+    batch_size: int,
+    *,
+    limit: int,
+    model: tuple[Architecture, Tokenizer, Compute],
+    mesh: jax.sharding.Mesh,
+) -> Hook:
+    """Bits per byte of held-out rows (the first `limit`; 0 for all), in batches of as many as a micro-batch has."""
+    cfg, tokenizer, compute = model
+    evaluate = make_evaluator(cfg, tokenizer.byte_lengths, compute)
+
+    def run(step: int, train_state: state.TrainState) -> dict[str, float]:
+        everything = validation_batches(
+            rows, batch_size, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        some = islice(everything, math.ceil(limit / batch_size) or None)
+        measured = evaluate(train_state.params, (sharding.put_batch(mesh, batch) for batch in some))
+        return {"val_bpb": measured.bpb, "val_loss": measured.loss}
+
+    return Hook(every, run)
 
 
-def _on_device(
-    batches: Iterator[dict[str, np.ndarray]], mesh: jax.sharding.Mesh, accumulate: int
-) -> Iterator[state.Batch]:
+def _steps(
+    stage: Stage, like: state.TrainState, mesh: jax.sharding.Mesh, start: int, accumulate: int
+) -> tuple[Callable[..., tuple[state.TrainState, state.StepMetrics]], Iterator[Any]]:
+    """The train step, and what to feed it from a step on."""
+    train_step = state.make_train_step(stage.loss_fn, stage.tx, like, stage.seed)
+    rollout = stage.rollout
+    if rollout is None:
+        return train_step, _on_device(stage.batches(start), mesh, accumulate)
+
+    def try_and_learn(train_state: state.TrainState, what: Batch) -> tuple[state.TrainState, state.StepMetrics]:
+        rows, means = rollout(train_state, what)
+        train_state, metrics = train_step(train_state, sharding.put_batch(mesh, rows, accumulate))
+        return train_state, metrics._replace(means={**metrics.means, **means})
+
+    return try_and_learn, stage.batches(start)
+
+
+def _on_device(batches: Iterator[Batch], mesh: jax.sharding.Mesh, accumulate: int) -> Iterator[state.Batch]:
     """Batches on the mesh, one ahead of what is used, so that transfer overlaps compute."""
     ahead = None
     for batch in batches:

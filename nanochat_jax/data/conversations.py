@@ -39,15 +39,15 @@ def open_mixture(mix: str, split: str = "train", *, seed: int = 0) -> Sequence[C
         seed: of the order, and of what a weight that is no whole number leaves out.
 
     Raises:
-        UserError: if a source is unknown or cannot be read, or there are no conversations.
+        UserError: if a source is unknown or cannot be read, or there are no conversations to train on.
     """
     rng = np.random.default_rng(seed)
     sources = [_open_entry(entry.strip(), split, rng) for entry in mix.split(",")]
     order = rng.permutation(sum(len(indices) for _, indices in sources))
     numbers = np.concatenate([np.full(len(indices), n) for n, (_, indices) in enumerate(sources)])[order]
     indices = np.concatenate([indices for _, indices in sources])[order]
-    if not len(order):
-        raise UserError(f"the mixture {mix!r} has no conversations for {split}")
+    if not len(order) and split == "train":
+        raise UserError(f"the mixture {mix!r} has no conversations for training")
     return Lazy(len(order), lambda i: sources[numbers[i]][0][int(indices[i])])
 
 

@@ -73,16 +73,13 @@ def _conversation(row: Row, name: str, prompt: Any) -> Conversation:
     return check_conversation(whole, f"{row.where}: {name}")
 
 
-def render_pairs(
-    pairs: Iterable[Pair], tokenizer: Tokenizer, sequence_len: int, *, merge_system: bool = False
-) -> PairRows:
+def render_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, sequence_len: int) -> PairRows:
     """Pairs as padded arrays, in order; those that do not fit whole are left out and counted.
 
     Args:
         pairs: at least one that fits.
         tokenizer: of the model.
         sequence_len: tokens the model sees at once.
-        merge_system: as in `chat.render`.
 
     Raises:
         UserError: if no pair fits.
@@ -90,10 +87,10 @@ def render_pairs(
     rendered: list[list[tuple[list[int], list[int]]]] = []
     too_long = 0
     for pair in pairs:
-        prompt_len = len(render_prompt(pair.prompt, tokenizer, merge_system=merge_system))
+        prompt_len = len(render_prompt(pair.prompt, tokenizer))
         sides = []
         for side in (pair.chosen, pair.rejected):
-            tokens, supervised = render(side, tokenizer, merge_system=merge_system)
+            tokens, supervised = render(side, tokenizer)
             answered = [
                 t if s and i >= prompt_len else -1 for i, (t, s) in enumerate(zip(tokens, supervised, strict=True))
             ]

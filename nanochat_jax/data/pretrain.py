@@ -1,7 +1,5 @@
-"""Batches from prepared records: the order is a function of the seed and the step alone, on any number of hosts."""
+"""Prepared records, by number."""
 
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +7,9 @@ from typing import Any
 import grain
 import numpy as np
 
+from nanochat_jax.data.batches import Batch
 from nanochat_jax.data.records import SPLITS, Manifest, decode_example, load_manifest, shard_path
 from nanochat_jax.errors import UserError
-
-READ_THREADS = 4
-BATCHES_AHEAD = 8
-
-Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -36,6 +30,11 @@ class Records:
         except RuntimeError as error:  # a checksum of ArrayRecord's
             raise UserError(f"record {index:,} of the {self.name} is damaged ({error}): prepare them again") from error
         return np.frombuffer(decode_example(example, size), self.manifest.dtype)
+
+    def row(self, index: int) -> Batch:
+        """tokens and targets, int32 (sequence_len,) each."""
+        record = self[index].astype(np.int32)
+        return {"tokens": record[:-1], "targets": record[1:]}
 
 
 def open_split(
@@ -75,85 +74,3 @@ def open_split(
     if found != expected:
         raise UserError(f"{folder} holds {found:,} {split} records, its manifest says {expected:,}: prepare it again")
     return Records(f"{split} records in {folder}", source, manifest)
-
-
-def batches(
-    records: Records,
-    *,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
-    """Endless training batches from any step on, every epoch in a new order, read ahead by threads.
-
-    Step s takes the records s*batch_size to (s+1)*batch_size - 1 of the endless shuffled sequence, and each host
-    its own contiguous slice of them: epochs follow each other without a gap, and seeking costs nothing.
-
-    Args:
-        records: of the training split.
-        batch_size: rows in the batch of all hosts together.
-        seed: of the order.
-        start_step: first step to yield.
-        process_index: this host.
-        process_count: hosts in all.
-
-    Yields:
-        {"tokens", "targets"}, each int32 (batch_size / process_count, sequence_len).
-
-    Raises:
-        UserError: if the batch does not divide among the hosts, or the split is smaller than one batch.
-    """
-    rows = rows_per_process(batch_size, process_count)
-    if len(records) < batch_size:
-        raise UserError(
-            f"there are {len(records):,} {records.name}, less than one batch of {batch_size:,} rows: "
-            "give more text, a smaller batch or a shorter sequence-len"
-        )
-    shuffled = grain.MapDataset.source(records).shuffle(seed=seed).repeat()
-
-    def load(step: int) -> Batch:
-        first = step * batch_size + process_index * rows
-        return _batch(np.stack([shuffled[i] for i in range(first, first + rows)]))
-
-    steps = grain.MapDataset.range(start_step, sys.maxsize // batch_size)
-    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
-    return iter(steps.map(load).to_iter_dataset(options))
-
-
-def validation_batches(
-    records: Records, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """Every record once, in order; rows that the last batch lacks have only targets of -1.
-
-    Args:
-        records: of the validation split.
-        batch_size: rows in the batch of all hosts together.
-        process_index: this host.
-        process_count: hosts in all; each yields equally many batches.
-
-    Yields:
-        {"tokens", "targets"}, each int32 (batch_size / process_count, sequence_len).
-    """
-    rows = rows_per_process(batch_size, process_count)
-    for first in range(process_index * rows, process_index * rows + len(records), batch_size):
-        present = [records[i] for i in range(first, min(first + rows, len(records)))]
-        batch = _batch(np.stack(present or [records[0]]))
-        batch["targets"][len(present) :] = -1
-        missing = rows - len(batch["tokens"])
-        yield {
-            name: np.pad(array, ((0, missing), (0, 0)), constant_values=-1 if name == "targets" else 0)
-            for name, array in batch.items()
-        }
-
-
-def _batch(records: np.ndarray) -> Batch:
-    records = records.astype(np.int32)
-    return {"tokens": records[:, :-1], "targets": records[:, 1:]}
-
-
-def rows_per_process(batch_size: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"a batch of {batch_size} rows does not divide among {process_count} processes")
-    return batch_size // process_count

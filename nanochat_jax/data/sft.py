@@ -1,20 +1,19 @@
-"""Rendered conversations packed into rows of one length, and batches of them for supervised fine-tuning.
+"""Rendered conversations packed into rows of one length, for supervised fine-tuning.
 
 Everything is packed before training. A conversation is never cut in the middle: one that is too long for a row keeps
 as many whole turns from its beginning as fit, up to an assistant's end, and is dropped if not even the first answer
 fits; both are counted. None waits for a better row: with all lengths known, best fit places them at once.
 """
 
+import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import count
 
 import numpy as np
 
 from nanochat_jax.chat import Conversation, Rendered, render
-from nanochat_jax.data.pretrain import Batch, rows_per_process
+from nanochat_jax.data.batches import Batch
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -38,7 +37,7 @@ class SFTStats:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed conversations; `rows[i]` is the i-th row."""
+    """Packed conversations."""
 
     sequence_len: int
     bos: int
@@ -51,12 +50,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.row_starts) - 1
 
-    def __getitem__(self, row: int) -> Batch:
+    @property
+    def fingerprint(self) -> str:
+        """Tells these rows from all others."""
+        arrays = self.tokens_N, self.supervised_N, self.starts, self.row_starts
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+    def row(self, index: int) -> Batch:
         """tokens, targets (−1 where unsupervised) and segment_ids, int32 (sequence_len,) each.
 
         Segments count from 0; what is left of the row is a segment of its own, of bos tokens without targets.
         """
-        first, last = self.row_starts[row], self.row_starts[row + 1]
+        first, last = self.row_starts[index], self.row_starts[index + 1]
         begin, end = self.starts[first], self.starts[last]
         lengths = np.diff(self.starts[first : last + 1])
         rest = self.sequence_len + 1 - (end - begin)
@@ -70,16 +75,13 @@ class Rows:
         }
 
 
-def pack_conversations(
-    conversations: Iterable[Conversation], tokenizer: Tokenizer, sequence_len: int, *, merge_system: bool = False
-) -> Rows:
+def pack_conversations(conversations: Iterable[Conversation], tokenizer: Tokenizer, sequence_len: int) -> Rows:
     """Render and pack conversations.
 
     Args:
         conversations: in any order; the same ones in the same order give the same rows.
         tokenizer: of the model.
         sequence_len: tokens the model sees at once.
-        merge_system: as in `chat.render`.
 
     Raises:
         UserError: if a conversation is not valid, or none fits.
@@ -90,7 +92,7 @@ def pack_conversations(
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     total = shortened = 0
     for conversation in conversations:
-        rendered = render(conversation, tokenizer, merge_system=merge_system)
+        rendered = render(conversation, tokenizer)
         length = whole_turns(rendered, sequence_len + 1, tokenizer)
         total += 1
         shortened += 0 < length < len(rendered.tokens)
@@ -159,49 +161,3 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             insort(rooms, left)
         by_room[left].append(row)
     return rows
-
-
-def batches(
-    rows: Rows, *, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """Endless training batches from any step on, every epoch in a new order.
-
-    Step s takes the rows s*batch_size to (s+1)*batch_size - 1 of the endless sequence of shuffled epochs, and each
-    host its own contiguous slice of them: the order is a function of (seed, epoch), the batch one of (seed, step).
-
-    Args:
-        rows: packed.
-        batch_size: rows in the batch of all hosts together.
-        seed: of the order.
-        start_step: first step to yield.
-        process_index: this host.
-        process_count: hosts in all.
-
-    Yields:
-        {"tokens", "targets", "segment_ids"}, each int32 (batch_size / process_count, sequence_len).
-    """
-    local = rows_per_process(batch_size, process_count)
-
-    @lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(len(rows))
-
-    for step in count(start_step):
-        first = step * batch_size + process_index * local
-        places = (divmod(i, len(rows)) for i in range(first, first + local))
-        yield _stack([rows[order(epoch)[i]] for epoch, i in places])
-
-
-def validation_batches(
-    rows: Rows, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """Every row once, in order; rows that the last batch lacks have only targets of -1. Arguments as for `batches`."""
-    local = rows_per_process(batch_size, process_count)
-    for first in range(process_index * local, process_index * local + len(rows), batch_size):
-        batch = _stack([rows[min(i, len(rows) - 1)] for i in range(first, first + local)])
-        batch["targets"][max(0, len(rows) - first) :] = -1
-        yield batch
-
-
-def _stack(rows: list[Batch]) -> Batch:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

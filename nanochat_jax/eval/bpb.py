@@ -46,7 +46,8 @@ def make_evaluator(
     @jax.jit
     def batch_sums(params: model.Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         targets_BT = batch["targets"]
-        nats_BT = model.token_nats(params, cfg, batch["tokens"], targets_BT, compute=compute)
+        segments = batch.get("segment_ids")
+        nats_BT = model.token_nats(params, cfg, batch["tokens"], targets_BT, segment_ids_BT=segments, compute=compute)
         lengths_BT = jnp.where(targets_BT >= 0, jnp.asarray(byte_lengths_V)[jnp.maximum(targets_BT, 0)], 0)
         text_BT = lengths_BT > 0
         return jnp.sum(nats_BT * text_BT), jnp.sum(lengths_BT), jnp.sum(text_BT)

@@ -1,0 +1,83 @@
+"""Batches of rows: the order is a function of the seed and the step alone, on any number of hosts."""
+
+import sys
+from collections.abc import Iterator
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from nanochat_jax.errors import UserError
+
+READ_THREADS = 4
+BATCHES_AHEAD = 8
+
+Batch = dict[str, np.ndarray]
+
+
+class Rows(Protocol):
+    """Things to learn from, each an array by name, all of one shape."""
+
+    def __len__(self) -> int: ...
+    def row(self, index: int, /) -> Batch: ...
+
+
+def batches(
+    rows: Rows, *, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Endless training batches from any step on, every epoch in a new order, read ahead by threads.
+
+    Step s takes rows s*batch_size to (s+1)*batch_size - 1 of the endless shuffled sequence, and each host its own
+    contiguous slice of them: epochs follow each other without a gap, and seeking costs nothing.
+
+    Args:
+        rows: of the training split.
+        batch_size: rows in the batch of all hosts together.
+        seed: of the order.
+        start_step: first step to yield.
+        process_index: this host.
+        process_count: hosts in all.
+
+    Yields:
+        Each array of the rows, stacked: (batch_size / process_count, …).
+
+    Raises:
+        UserError: if the batch does not divide among the hosts.
+    """
+    local = rows_per_process(batch_size, process_count)
+    shuffled = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat()
+
+    def load(step: int) -> Batch:
+        first = step * batch_size + process_index * local
+        return stack([rows.row(shuffled[i]) for i in range(first, first + local)])
+
+    steps = grain.MapDataset.range(start_step, sys.maxsize // batch_size)
+    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
+    return iter(steps.map(load).to_iter_dataset(options))
+
+
+def validation_batches(
+    rows: Rows, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every row once, in order; rows that the last batch lacks have only targets of -1. Arguments as for `batches`.
+
+    Yields:
+        As `batches`; each host equally many.
+    """
+    local = rows_per_process(batch_size, process_count)
+    for first in range(process_index * local, process_index * local + len(rows), batch_size):
+        batch = stack([rows.row(min(i, len(rows) - 1)) for i in range(first, first + local)])
+        batch["targets"][max(0, len(rows) - first) :] = -1
+        yield batch
+
+
+def stack(rows: list[Batch]) -> Batch:
+    """Rows as one batch."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def rows_per_process(batch_size: int, process_count: int) -> int:
+    """How many of a batch's rows each host reads."""
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"a batch of {batch_size} rows does not divide among {process_count} processes")
+    return batch_size // process_count
