@@ -40,3 +40,46 @@ def tiny_data(tmp_path_factory) -> Path:
         )
     )
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A run of pretraining, two steps long, whose tokenizer and context of 128 suit the generated tasks."""
+    from nanochat_jax.chat import content_parts
+    from nanochat_jax.data.prepare import PrepareConfig, prepare
+    from nanochat_jax.tasks import open_task
+    from nanochat_jax.tokenizer import train
+    from train import pretrain
+    from train.stage import RunConfig
+
+    folder = tmp_path_factory.mktemp("base")
+    tasks = [open_task(name).examples("train")[:300] for name in ("arithmetic", "identity", "spelling")]
+    texts = [
+        "\n".join(part["text"] for message in example.conversation["messages"] for part in content_parts(message))
+        for examples in tasks
+        for example in examples
+    ]
+    (folder / "text.txt").write_text("\n".join(texts))
+    train(texts, 512).save(folder / "tokenizer.model")
+    prepare(
+        PrepareConfig(
+            source=f"text:{folder}/text.txt",
+            tokenizer=folder / "tokenizer.model",
+            out=folder / "data",
+            sequence_len=128,
+            val_fraction=0.1,
+            workers=1,
+        )
+    )
+    pretrain.main(
+        pretrain.Config(
+            data=folder / "data",
+            run=RunConfig(out=folder / "base"),
+            model=pretrain.ModelArgs(depth=1, head_dim=32),
+            steps=2,
+            batch_tokens=1024,
+            lr_scale=0.5,
+            prompts=(),
+        )
+    )
+    return folder / "base"

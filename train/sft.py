@@ -140,7 +140,7 @@ def answer_hook(every: int, cfg: Architecture, tok: Tokenizer, compute: Compute,
     def run(step: int, state: TrainState) -> dict[str, float]:
         nonlocal engine
         if engine is None:
-            engine = make_engine(state.params, cfg, tok, compute, slots=min(8, len(prompts)))
+            engine = make_engine(state.params, cfg, tok, compute, slots=len(prompts))
         engine.set_params(state.params)
         for prompt, output in zip(prompts, engine.run(requests), strict=True):
             tqdm.write(f"  {prompt} │ {visible_text(parse(output.tokens, tok))}")
