@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from nanochat_jax.cache import KVCache, slot_positions, write
 
 QUERY_CHUNK = 256  # queries a block of the chunked backend: small enough to skip most of what is masked
+KEY_BLOCK = 128  # keys a block where one query looks into a cache on a CPU
 
 
 def attend(
@@ -35,10 +36,12 @@ def attend(
         (B, T, N, H) in q's dtype.
     """
     T = q_BTNH.shape[1]
-    if backend == "cudnn" and segment_ids_BT is None:
+    if backend == "cudnn":
         local = (window, 0) if window < T - 1 else None
+        ids = segment_ids_BT
+        same_B1TS = None if ids is None else (ids[:, None, :, None] == ids[:, None, None, :])
         return jax.nn.dot_product_attention(
-            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation="cudnn"
+            q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, local_window_size=local, implementation="cudnn"
         )
     outputs = []
     for start in range(0, T, QUERY_CHUNK):
@@ -92,7 +95,44 @@ def attend_cached(
         key_positions_BS = jnp.concatenate([slot_positions(lengths_B, S), chunk_positions_BT], axis=1)
     distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
     mask_BTS = (distance_BTS >= 0) & (distance_BTS <= window) & (key_positions_BS >= 0)[:, None, :]
-    return masked_attention(q_BTNH, seen_keys, seen_values, mask_BTS).astype(q_BTNH.dtype), keys, values
+    if T == 1 and S > 4 * KEY_BLOCK:  # where it pays even for full caches, or nearly
+        longest = jnp.max(jnp.where(counts_B > 0, lengths_B + counts_B, 0))
+        operands = q_BTNH, seen_keys, seen_values, mask_BTS, longest
+        mixed_BTNH = jax.lax.platform_dependent(
+            *operands, cpu=_blockwise_attention, default=lambda *operands: masked_attention(*operands[:4])
+        )
+    else:
+        mixed_BTNH = masked_attention(q_BTNH, seen_keys, seen_values, mask_BTS)
+    return mixed_BTNH.astype(q_BTNH.dtype), keys, values
+
+
+def _blockwise_attention(
+    q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array, longest: jax.Array
+) -> jax.Array:
+    """masked_attention of one query, which reads only the blocks of the cache that the longest row has filled.
+
+    On a CPU, reading the cache is most of a decoding step, and conversations are mostly shorter than the context. A
+    row's result does not depend on how many blocks the others need: where the mask is False, weights are exactly 0.
+    """
+    (B, _, N, H), (K, S) = q_B1NH.shape, k_BKSH.shape[1:3]
+    q_BKGH = q_B1NH.reshape(B, K, N // K, H)
+    blocks = (jnp.minimum(longest, S) + KEY_BLOCK - 1) // KEY_BLOCK
+
+    def block(x: jax.Array, i: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, i * KEY_BLOCK, KEY_BLOCK, axis)  # the last one begins early, to fit
+
+    def score(i: jax.Array, scores: jax.Array) -> jax.Array:
+        new = jnp.einsum("BKGH,BKSH->BKGS", q_BKGH, block(k_BKSH, i, 2), preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(scores, new, i * KEY_BLOCK, 3)
+
+    def mix(i: jax.Array, mixed: jax.Array) -> jax.Array:
+        is_new_S = block(jnp.arange(S), i, 0) >= i * KEY_BLOCK
+        weights = jnp.where(is_new_S[None, None, None], block(weights_BKGS, i, 3), 0)
+        return mixed + jnp.einsum("BKGS,BKSH->BKGH", weights, block(v_BKSH, i, 2), preferred_element_type=jnp.float32)
+
+    scores = jax.lax.fori_loop(0, blocks, score, jnp.zeros((B, K, N // K, S)))
+    weights_BKGS = jax.nn.softmax(jnp.where(mask_B1S[:, None], scores * H**-0.5, -1e30), axis=-1).astype(v_BKSH.dtype)
+    return jax.lax.fori_loop(0, blocks, mix, jnp.zeros((B, K, N // K, H))).reshape(B, 1, N, H)
 
 
 def masked_attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:

@@ -46,3 +46,43 @@ def write(slots_BKSH: jax.Array, new_BTKH: jax.Array, lengths_B: jax.Array, coun
     kept_BT = (t_1T < counts_B[:, None]) & (t_1T >= counts_B[:, None] - S)
     slot_BT = jnp.where(kept_BT, (lengths_B[:, None] + t_1T) % S, S)  # S is out of range, hence dropped
     return slots_BKSH.at[jnp.arange(B)[:, None], :, slot_BT].set(new_BTKH.astype(slots_BKSH.dtype), mode="drop")
+
+
+class Stretch(NamedTuple):
+    """What a stretch of T tokens added to one row of a cache."""
+
+    keys: tuple[jax.Array, ...]  # per layer (1, T, K, H), of a ring at most the last S of them
+    values: tuple[jax.Array, ...]
+    last_embed_1D: jax.Array
+
+
+def take(cache: KVCache, row: jax.Array, T: int) -> Stretch:
+    """The last T tokens of a row."""
+
+    def last(slots_BKSH: jax.Array) -> jax.Array:
+        count = min(T, slots_BKSH.shape[2])
+        slots_T = (cache.lengths_B[row] - count + jnp.arange(count, dtype=jnp.int32)) % slots_BKSH.shape[2]
+        return slots_BKSH[row][:, slots_T].swapaxes(0, 1)[None]
+
+    keys, values = (tuple(map(last, layers)) for layers in (cache.keys, cache.values))
+    return Stretch(keys, values, cache.last_embed_BD[row][None])
+
+
+def put(cache: KVCache, stretch: Stretch, counts_B: jax.Array) -> KVCache:
+    """Append a stretch of T tokens to the rows where counts_B is T, and nothing where it is 0.
+
+    The rows are then, bit for bit, what feeding them the tokens would have made of them.
+    """
+    new_B1 = counts_B[:, None] > 0
+
+    def append(slots_BKSH: jax.Array, new_1TKH: jax.Array) -> jax.Array:
+        new_BTKH = jnp.broadcast_to(new_1TKH, (counts_B.shape[0], *new_1TKH.shape[1:]))
+        written_B = jnp.minimum(counts_B, new_1TKH.shape[1])
+        return write(slots_BKSH, new_BTKH, cache.lengths_B + counts_B - written_B, written_B)
+
+    return KVCache(
+        keys=tuple(map(append, cache.keys, stretch.keys)),
+        values=tuple(map(append, cache.values, stretch.values)),
+        lengths_B=cache.lengths_B + counts_B,
+        last_embed_BD=jnp.where(new_B1, stretch.last_embed_1D, cache.last_embed_BD),
+    )

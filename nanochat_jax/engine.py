@@ -3,29 +3,31 @@
     engine = Engine(params, cfg)
     outputs = engine.run([Request(prompt, max_new_tokens=100) for prompt in prompts])
 
-Requests wait for a free slot. A prompt is prefilled in chunks of a few fixed lengths and inserted into the slot; one
-program decodes all slots, several tokens a call. What a request yields depends on its prompt, its sampling and the
-parameters alone: to the last bit, not on neighbours, load, slot or order of arrival. For this, every program has one
-batch size whatever is waiting, a prompt's chunks follow from its length, and a token's randomness from the request's
-seed and the token's position.
+Requests wait for a free slot. A prompt is fed in chunks of a few fixed lengths (prefill.py) and inserted into the slot;
+one program decodes a bank of slots, several tokens a call. What a request yields depends on its prompt, its sampling
+and the parameters alone: to the last bit, not on neighbours, load, slot, order of arrival or earlier prompts. For this,
+every program has one batch size whatever is waiting, a prompt's chunks follow from its length, and a token's randomness
+from the request's seed and the token's position.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax import model
+from nanochat_jax import generate, model
 from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
-from nanochat_jax.generate import PROMPT_BUCKET, decode, empty_rows, empty_slots, in_dtype, insert, prefill
+from nanochat_jax.generate import Sampled, in_dtype
 from nanochat_jax.layers import Compute, default_compute
-from nanochat_jax.sampling import Sampling, SamplingArrays
+from nanochat_jax.prefill import Prefill, Programs, Prompt
+from nanochat_jax.requests import FinishReason, Output, Request
+from nanochat_jax.sampling import SamplingArrays
 from nanochat_jax.sharding import BATCH_AXES, batch_devices, replicated
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -44,38 +46,15 @@ class EngineConfig:
     context_len: int | None = None  # tokens of prompt and continuation together; default: the model's sequence_len
     steps_per_dispatch: int = 8  # tokens a slot may get between two looks of the host; one that ends idles until then
     prefill_rows: int = 1  # prompts prefilled together; fewer take as long. 1 suits a CPU
-    prefill_chunk: int = 512  # longest piece of a prompt that is fed at once
+    prefill_chunk: int = 512  # longest piece of a prompt that is fed at once, and the unit of what is reused
+    reuse_tokens: int = 0  # tokens of earlier prompts whose keys and values are kept for prompts that begin alike
+    top_logprobs: int = 0  # how many of the likeliest tokens an Output tells at each position
 
     def __post_init__(self) -> None:
-        for name in ("slots", "steps_per_dispatch", "prefill_rows", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise UserError(f"engine: {name}={getattr(self, name)} must be at least 1")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to continue."""
-
-    prompt: Sequence[int]
-    max_new_tokens: int  # a tool's answers count too
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_tokens: Sequence[int] = ()  # the first that is sampled is the last token
-    use_tools: bool = False
-
-
-@dataclass(frozen=True)
-class Output:
-    """New tokens of a request: those of one step, or all of them."""
-
-    request: int  # the number that submit gave
-    tokens: tuple[int, ...] = ()
-    sampled: tuple[bool, ...] = ()  # by the model; the other tokens are a tool's answer
-    logprobs: tuple[float, ...] = ()  # nats, at temperature 1, without truncation and penalty, whatever the sampling
-    finish_reason: Literal["stop", "length"] | None = None  # a stop token; no room for more; None while it goes on
-
-    def __add__(self, later: "Output") -> "Output":
-        tokens, sampled = self.tokens + later.tokens, self.sampled + later.sampled
-        return Output(self.request, tokens, sampled, self.logprobs + later.logprobs, later.finish_reason)
+        least = {"slots": 1, "steps_per_dispatch": 1, "prefill_rows": 1, "prefill_chunk": 1}
+        for name, value in (least | {"reuse_tokens": 0, "top_logprobs": 0}).items():
+            if getattr(self, name) < value:
+                raise UserError(f"engine: {name}={getattr(self, name)} must be at least {value}")
 
 
 @dataclass
@@ -84,6 +63,7 @@ class _Progress:
 
     number: int
     request: Request
+    prompt: Prompt
     room: int  # for tokens to come
     forced: list[int] = field(default_factory=list)  # tokens of a tool's answer that are not yet in the sequence
     call: list[int] | None = None  # tokens of the tool call that the model is writing
@@ -121,31 +101,40 @@ class Engine:
         self.cfg, self.config, self._compute = cfg, config, compute or default_compute()
         self._tools, self._tokenizer = tools, tokenizer
         self._tool_ids = [tokenizer.control[name] for name in TOOL_TOKENS] if tools and tokenizer else []
-        longest = min(config.prefill_chunk, self.context_len)
-        self._chunk_lens = [n for i in range(32) if (n := PROMPT_BUCKET << i) < longest]
-        self._chunk_lens.append(-(-longest // PROMPT_BUCKET) * PROMPT_BUCKET)
-
         self._params = in_dtype(params, self._compute.dtype)
-        at, slots_at = _placement(self._params, config)
-        sizes = cfg, self._compute, self.context_len
-        self._empty_rows = jax.jit(partial(empty_rows, config.prefill_rows, *sizes), out_shardings=at)()
-        self._slots = jax.jit(partial(empty_slots, config.slots, *sizes), out_shardings=slots_at)()
+        at, slots_at, self._bank = _placement(self._params, config)
         how: dict[str, Any] = {"cfg": cfg, "compute": self._compute}
-        self._functions = {
-            "prefill": jax.jit(partial(prefill, **how), out_shardings=at),
-            "insert": jax.jit(insert, out_shardings=slots_at, donate_argnums=0),
-            "decode": jax.jit(partial(decode, **how), out_shardings=(slots_at, at, at), donate_argnums=1),
-        }
-        self._programs: dict[tuple[Any, ...], jax.stages.Compiled] = {}
+        sizes = cfg, self._compute, self.context_len
+        self._new_bank = jax.jit(partial(generate.empty_slots, self._bank, *sizes), out_shardings=slots_at)
+        new_rows = jax.jit(partial(generate.empty_rows, config.prefill_rows, *sizes), out_shardings=at)
+        decode = partial(generate.decode, **how, top=config.top_logprobs)
+        self._call = Programs()
+        self._call.add("decode", decode, out_shardings=(slots_at, at), donate_argnums=1)
+        self._call.add("insert", generate.insert, out_shardings=slots_at, donate_argnums=0)
+        chunk = min(config.prefill_chunk, self.context_len)
+        self.prefill = Prefill(self._call, config.prefill_rows, chunk, config.reuse_tokens, new_rows, at, how)
         self._numbers = count()
         self._waiting: dict[int, _Progress] = {}  # by number, in order of arrival
         self._running: dict[int, _Progress] = {}  # by slot
-        self._free = list(range(config.slots))
+        self.reset()
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far: at most one for each length of chunk, and two more."""
-        return len(self._programs)
+        """Programs compiled so far: at most one for each length of chunk, and two more; four where prompts are kept."""
+        return len(self._call)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that run, and that wait."""
+        return len(self._running), len(self._waiting)
+
+    def reset(self) -> None:
+        """Forget all requests and kept prompts; also the way out after an exception in step."""
+        self._waiting.clear()
+        self._running.clear()
+        self.prefill.forget()
+        self._free = set(range(self.config.slots))
+        self._banks = [self._new_bank() for _ in range(self.config.slots // self._bank)]
 
     def set_params(self, params: model.Params) -> None:
         """Go on with other parameters of the same shapes, while no request runs; nothing is compiled."""
@@ -155,22 +144,25 @@ class Engine:
         if jax.tree.map(lambda x: (x.shape, x.dtype), new) != jax.tree.map(lambda x: (x.shape, x.dtype), old):
             raise UserError("engine: the new parameters are not shaped like the old; make another engine for them")
         self._params = jax.device_put(new, jax.tree.map(lambda x: x.sharding, old))
+        self.prefill.forget()
+
+    def warm_up(self) -> None:
+        """Compile all programs now; for an idle engine."""
+        whole = max(self.prefill.chunk_lens)
+        for size in (*self.prefill.chunk_lens, whole + 1, whole + 1):
+            self.run([Request([0] * min(size, self.context_len - 1), 1)])
+        self.prefill.forget()
+        self.prefill.prompt_tokens = self.prefill.reused_tokens = 0
+
+    def check(self, request: Request) -> Prompt:
+        """Its prompt; UserError if the request cannot be answered. May be called from any thread."""
+        return request.checked_prompt(self.cfg.vocab_size, self.context_len, has_tools=bool(self._tools))
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its number; UserError if it cannot be answered."""
-        prompt = tuple(int(token) for token in request.prompt)
-        if not prompt:
-            raise UserError("request: the prompt is empty; begin it with the <|bos|> token")
-        if len(prompt) >= self.context_len:
-            raise UserError(f"request: a prompt of {len(prompt)} tokens fills the context of {self.context_len}")
-        if request.max_new_tokens < 1:
-            raise UserError(f"request: max_new_tokens={request.max_new_tokens} must be at least 1")
-        if request.use_tools and not self._tools:
-            raise UserError("request: use_tools is set, but the engine was made without tools")
-        if alien := [token for token in (*prompt, *request.stop_tokens) if not 0 <= token < self.cfg.vocab_size]:
-            raise UserError(f"request: token {alien[0]} is not in the vocabulary of {self.cfg.vocab_size}")
-        number, room = next(self._numbers), min(request.max_new_tokens, self.context_len - len(prompt))
-        self._waiting[number] = _Progress(number, replace(request, prompt=prompt), room)
+        prompt, number = self.check(request), next(self._numbers)
+        room = min(request.max_new_tokens, self.context_len - len(prompt))
+        self._waiting[number] = _Progress(number, request, prompt, room)
         return number
 
     def cancel(self, number: int) -> None:
@@ -190,9 +182,13 @@ class Engine:
         for slot, progress in self._running.items():
             forced = progress.forced[: forced_BT.shape[1]]
             forced_BT[slot, : len(forced)], limits_B[slot] = forced, progress.room
-        self._slots, tokens_BT, logprobs_BT = self._call("decode", self._params, self._slots, forced_BT, limits_B)
-        tokens_BT, logprobs_BT = jax.device_get((tokens_BT, logprobs_BT))
-        return [self._advance(slot, tokens_BT[slot], logprobs_BT[slot]) for slot in list(self._running)]
+        sampled: dict[int, Sampled] = {}
+        for bank in {slot // self._bank for slot in self._running}:
+            slots = slice(bank * self._bank, (bank + 1) * self._bank)
+            args = self._params, self._banks[bank], forced_BT[slots], limits_B[slots]
+            self._banks[bank], sampled[bank] = self._call("decode", *args)
+        sampled = jax.device_get(sampled)
+        return [self._advance(slot, sampled[slot // self._bank], slot % self._bank) for slot in list(self._running)]
 
     def run(self, requests: Sequence[Request]) -> list[Output]:
         """Answer requests, in their order; nothing else may be waiting or running."""
@@ -211,54 +207,36 @@ class Engine:
                 self.cancel(number)
         return list(outputs.values())
 
-    def _call(self, name: str, *args: Any) -> Any:
-        # Compiled ahead, so that an unforeseen shape or sharding is an error and not a pause.
-        key = (name, *(arg.shape for arg in args if isinstance(arg, np.ndarray)))
-        if key not in self._programs:
-            self._programs[key] = self._functions[name].lower(*args).compile()
-        return self._programs[key](*args)
-
-    def _chunks(self, prompt: Sequence[int]) -> list[int]:
-        """Lengths of the chunks that a prompt is fed in, the last padded; they follow from its length."""
-        whole, rest = divmod(len(prompt) - 1, self._chunk_lens[-1])
-        return [self._chunk_lens[-1]] * whole + [next(n for n in self._chunk_lens if n > rest)]
-
     def _admit(self) -> None:
-        """Prefill the first that waits, with others whose prompts have the same chunks; equal prompts once."""
-        chunks = self._chunks(next(iter(self._waiting.values())).request.prompt)
-        rows: dict[Sequence[int], int] = {}
+        """Prefill the first that waits, with others whose prompts are fed alike; equal prompts once."""
+        plan = self.prefill.plan(next(iter(self._waiting.values())).prompt)
+        rows: dict[Prompt, int] = {}
         admitted: list[_Progress] = []
         for progress in islice(self._waiting.values(), LOOKAHEAD):
-            prompt = progress.request.prompt
-            fits = prompt in rows or len(rows) < self.config.prefill_rows
-            if fits and len(admitted) < len(self._free) and self._chunks(prompt) == chunks:
-                rows.setdefault(prompt, len(rows))
+            fits = progress.prompt in rows or len(rows) < self.config.prefill_rows
+            if fits and len(admitted) < len(self._free) and self.prefill.plan(progress.prompt) == plan:
+                rows.setdefault(progress.prompt, len(rows))
                 admitted.append(progress)
-        prefilled, start = self._empty_rows, 0
-        for size in chunks:
-            tokens_BT = np.zeros((self.config.prefill_rows, size), np.int32)
-            counts_B = np.zeros(self.config.prefill_rows, np.int32)
-            for prompt, row in rows.items():
-                piece = prompt[start : start + size]
-                tokens_BT[row, : len(piece)], counts_B[row] = piece, len(piece)
-            prefilled, start = self._call("prefill", self._params, prefilled, tokens_BT, counts_B), start + size
+        prefilled = self.prefill.feed(self._params, rows)
         for progress in admitted:
-            slot, request = self._free.pop(), progress.request
+            slot, request = min(self._free), progress.request
             halts_1V = np.zeros((1, self.cfg.vocab_size), bool)
             python_end = self._tool_ids[1:2] if request.use_tools else []
             halts_1V[0, [*request.stop_tokens, *python_end]] = True
-            which, how_1 = (np.int32(slot), np.int32(rows[request.prompt])), SamplingArrays.of([request.sampling])
-            self._slots = self._call("insert", self._slots, prefilled, *which, halts_1V, how_1)
+            bank, how_1 = slot // self._bank, SamplingArrays.of([request.sampling])
+            which = np.int32(slot % self._bank), np.int32(rows[progress.prompt])
+            self._banks[bank] = self._call("insert", self._banks[bank], prefilled, *which, halts_1V, how_1)
             self._running[slot] = self._waiting.pop(progress.number)
+            self._free.remove(slot)
 
-    def _advance(self, slot: int, tokens_T: np.ndarray, logprobs_T: np.ndarray) -> Output:
+    def _advance(self, slot: int, new: Sampled, row: int) -> Output:
         """Note a slot's new tokens; free it if they are its last, answer a tool call that ends with them."""
-        progress, tokens = self._running[slot], tuple(token for token in tokens_T.tolist() if token >= 0)
+        progress, tokens = self._running[slot], tuple(token for token in new.tokens_BT[row].tolist() if token >= 0)
         request, n_forced = progress.request, min(len(progress.forced), len(tokens))
         del progress.forced[:n_forced]
         progress.room -= len(tokens)
         sampled = tuple(i >= n_forced for i in range(len(tokens)))
-        reason: Literal["stop", "length"] | None = None if progress.room else "length"
+        reason: FinishReason | None = None if progress.room else "length"
         if sampled[-1] and tokens[-1] in request.stop_tokens:
             reason = "stop"
         if reason:
@@ -266,7 +244,8 @@ class Engine:
         elif request.use_tools:
             for token in tokens[n_forced:]:
                 self._follow(progress, token)
-        return Output(progress.number, tokens, sampled, tuple(logprobs_T[: len(tokens)].tolist()), reason)
+        logprobs = tuple(new.logprobs_BT[row, : len(tokens)].tolist())
+        return Output(progress.number, tokens, sampled, logprobs, reason, new.likeliest(row, len(tokens)))
 
     def _follow(self, progress: _Progress, token: int) -> None:
         """Read along with what the model writes; at the end of a tool call, queue the answer."""
@@ -283,11 +262,15 @@ class Engine:
 
     def _release(self, slot: int) -> None:
         del self._running[slot]
-        self._free.append(slot)
+        self._free.add(slot)
 
 
-def _placement(params: model.Params, config: EngineConfig) -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
-    """Where arrays lie that belong to no slot, and where the slots' do."""
+def _placement(params: model.Params, config: EngineConfig) -> tuple[jax.sharding.Sharding, jax.sharding.Sharding, int]:
+    """Where arrays lie that belong to no slot, and where the slots' do; and how many slots are decoded together.
+
+    On a CPU one row costs about as much as another, so that it pays to leave out those that are free; elsewhere many
+    rows cost little more than one.
+    """
     at = slots_at = jax.tree.leaves(params)[0].sharding
     devices = 1
     if isinstance(at, NamedSharding):
@@ -296,4 +279,5 @@ def _placement(params: model.Params, config: EngineConfig) -> tuple[jax.sharding
     for name, rows in (("slots", config.slots / devices), ("prefill_rows", config.prefill_rows)):
         if rows % 1 or (rows > TILE and rows % TILE):
             raise UserError(f"engine: {name}: {rows:g} on each device must be up to {TILE}, or a multiple of {TILE}")
-    return at, slots_at
+    on_cpu = next(iter(at.device_set)).platform == "cpu"
+    return at, slots_at, min(config.slots, TILE * devices) if on_cpu else config.slots

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import model
-from nanochat_jax.cache import KVCache, init_cache
+from nanochat_jax.cache import KVCache, Stretch, init_cache, put, take
 from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute, default_compute
-from nanochat_jax.sampling import Sampling, SamplingArrays, choose, mark_seen
+from nanochat_jax.sampling import Sampling, SamplingArrays, choose, mark_seen, uniforms
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,22 @@ class Slots(NamedTuple):
     how: SamplingArrays
 
 
+class Sampled(NamedTuple):
+    """What decode appended; log-probabilities are the model's own: temperature 1, no truncation, no penalty."""
+
+    tokens_BT: jax.Array  # int32, −1 behind a slot's last
+    logprobs_BT: jax.Array  # nats
+    top_tokens_BTN: jax.Array  # int32, the N likeliest tokens at each position, likeliest first
+    top_logprobs_BTN: jax.Array
+
+    def likeliest(self, row: int, count: int) -> tuple[tuple[tuple[int, float], ...], ...]:
+        """The likeliest tokens and their log-probabilities at a row's first positions; on the host."""
+        if not self.top_tokens_BTN.shape[2]:
+            return ()
+        both = zip(self.top_tokens_BTN[row, :count].tolist(), self.top_logprobs_BTN[row, :count].tolist(), strict=True)
+        return tuple(tuple(zip(tokens, logprobs, strict=True)) for tokens, logprobs in both)
+
+
 def empty_rows(batch: int, cfg: Architecture, compute: Compute, context_len: int) -> Rows:
     cache = init_cache(cfg, batch, compute.dtype, context_len)
     return Rows(cache, jnp.zeros((batch, cfg.vocab_size)), jnp.zeros((batch, cfg.vocab_size), bool))
@@ -96,6 +112,16 @@ def prefill(
     return Rows(cache, logits_BV, mark_seen(rows.seen_BV, tokens_BT, counts_B))
 
 
+def snapshot(rows: Rows, row: jax.Array, *, size: int) -> Stretch:
+    """What the last tokens added to one of the rows' caches."""
+    return take(rows.cache, row, size)
+
+
+def restore(rows: Rows, stretch: Stretch, tokens_BT: jax.Array, counts_B: jax.Array) -> Rows:
+    """As prefill of these tokens, from their snapshot, for the rows that counts_B is not 0 for; without logits."""
+    return Rows(put(rows.cache, stretch, counts_B), rows.logits_BV, mark_seen(rows.seen_BV, tokens_BT, counts_B))
+
+
 def decode(
     params: model.Params,
     slots: Slots,
@@ -104,7 +130,8 @@ def decode(
     *,
     cfg: Architecture,
     compute: Compute,
-) -> tuple[Slots, jax.Array, jax.Array]:
+    top: int = 0,
+) -> tuple[Slots, Sampled]:
     """Append up to T tokens to each slot, until all have halted.
 
     Args:
@@ -114,33 +141,48 @@ def decode(
         limits_B: at most this many tokens a slot; 0 leaves it as it is.
         cfg: the architecture.
         compute: dtype and attention backend.
+        top: how many of the likeliest tokens to tell at each position.
 
     Returns:
-        The slots, all returned tokens fed; the tokens, (B, T) int32, −1 behind each slot's last; and their
-        log-probabilities in nats under the model's own distribution: temperature 1, no truncation, no penalty.
+        The slots, all returned tokens fed, and the tokens.
     """
     B, T = forced_BT.shape
+    # A running slot takes one token a step. Drawn here, for all steps: the generator is slow on few numbers.
+    positions_BT = slots.rows.cache.lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    uniforms_BT = uniforms(slots.how.seed_B, positions_BT)
 
     def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        t, rows, live_B, tokens_BT, logprobs_BT = state
-        chosen_B = choose(rows.logits_BV, slots.how, rows.cache.lengths_B, rows.seen_BV)
+        t, rows, live_B, sampled = state
+        chosen_B = choose(rows.logits_BV, slots.how, uniforms_BT[:, t], rows.seen_BV)
         forced_B = forced_BT[:, t] >= 0
         token_B = jnp.where(forced_B, forced_BT[:, t], chosen_B)
         token_B1, counts_B = token_B[:, None], live_B.astype(jnp.int32)
-        logprob_B1 = jnp.take_along_axis(jax.nn.log_softmax(rows.logits_BV), token_B1, axis=1)
+        logprobs_BV = jax.nn.log_softmax(rows.logits_BV)
+        top_logprobs_BN, top_tokens_BN = jax.lax.top_k(logprobs_BV, top)
+        new = Sampled(
+            jnp.where(live_B, token_B, -1),
+            jnp.take_along_axis(logprobs_BV, token_B1, axis=1)[:, 0],
+            top_tokens_BN,
+            top_logprobs_BN,
+        )
         halted_B1 = jnp.take_along_axis(slots.halts_BV, token_B1, axis=1) & ~forced_B[:, None]
         fed = prefill(params, rows, token_B1, counts_B, cfg=cfg, compute=compute)
         return (
             t + 1,
             fed._replace(logits_BV=jnp.where(live_B[:, None], fed.logits_BV, rows.logits_BV)),
             live_B & ~halted_B1[:, 0] & (t + 1 < limits_B),
-            tokens_BT.at[:, t].set(jnp.where(live_B, token_B, -1)),
-            logprobs_BT.at[:, t].set(logprob_B1[:, 0]),
+            jax.tree.map(lambda all_BT, new_B: all_BT.at[:, t].set(new_B), sampled, new),
         )
 
-    start = (jnp.int32(0), slots.rows, limits_B > 0, jnp.full((B, T), -1, jnp.int32), jnp.zeros((B, T)))
+    none = Sampled(
+        jnp.full((B, T), -1, jnp.int32),
+        jnp.zeros((B, T)),
+        jnp.zeros((B, T, top), jnp.int32),
+        jnp.zeros((B, T, top)),
+    )
+    start = (jnp.int32(0), slots.rows, limits_B > 0, none)
     state = jax.lax.while_loop(lambda state: (state[0] < T) & jnp.any(state[2]), step, start)
-    return slots._replace(rows=state[1]), state[3], state[4]
+    return slots._replace(rows=state[1]), state[3]
 
 
 @partial(jax.jit, static_argnames=("cfg", "compute", "max_new"))
@@ -160,7 +202,7 @@ def _generate(
     rows = prefill(params, rows, prompts_BT, counts_B, cfg=cfg, compute=compute)
     slots = Slots(rows, jnp.broadcast_to(stop_V, rows.seen_BV.shape), how)
     sampled_BT = jnp.full((B, max_new), -1, jnp.int32)
-    return decode(params, slots, sampled_BT, cfg.sequence_len - counts_B, cfg=cfg, compute=compute)[1]
+    return decode(params, slots, sampled_BT, cfg.sequence_len - counts_B, cfg=cfg, compute=compute)[1].tokens_BT
 
 
 def generate(

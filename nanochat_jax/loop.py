@@ -25,8 +25,11 @@ class Hook:
 
     every: int  # steps; 0 only after the last
     run: Callable[[int, TrainState], dict[str, float]]
+    at_start: bool = False  # before the first step too
 
     def due(self, step: int, last: int) -> bool:
+        if step == 0:
+            return self.at_start
         return step == last or (self.every > 0 and step % self.every == 0)
 
 
@@ -93,7 +96,7 @@ def fit(
     hooks: list[Hook],
     save: Callable[[int, TrainState], object],
     log: MetricsLog,
-    units: Units,
+    units: Units | None,
     stop: StopSignal | None = None,
     max_bad_steps: int = 20,
 ) -> TrainState:
@@ -107,7 +110,7 @@ def fit(
         hooks: evaluation, samples, checkpoints; run in this order.
         save: called once more when a signal stops the run.
         log: receives loss, gradient norm and rates of every step, and what hooks return.
-        units: for tokens/s and MFU.
+        units: for tokens/s and MFU; None where steps differ in their work.
         stop: looked at after each step; default: none stops the run.
         max_bad_steps: so many steps in a row may be skipped as not finite.
 
@@ -131,12 +134,11 @@ def fit(
             values["skipped"] = 1.0
         shown = ", ".join(f"{name} {value:.4f}" for name, value in {"loss": loss, **means}.items())
         if seconds := clock.lap():
-            values |= {
-                "seconds_per_step": seconds,
-                "tokens_per_second": units.tokens_per_step / seconds,
-                "mfu": units.flops_per_step / seconds / units.peak_flops,
-            }
-            shown += f", {values['tokens_per_second']:,.0f} tok/s, MFU {100 * values['mfu']:.1f} %"
+            values["seconds_per_step"] = seconds
+            if units is not None:
+                values["tokens_per_second"] = units.tokens_per_step / seconds
+                values["mfu"] = units.flops_per_step / seconds / units.peak_flops
+                shown += f", {values['tokens_per_second']:,.0f} tok/s, MFU {100 * values['mfu']:.1f} %"
         log.write(step, values)
         bar.set_postfix_str(shown, refresh=False)
         bar.update()
@@ -147,7 +149,15 @@ def fit(
                 "nothing of them entered the parameters. Lower the learning rates or look at the data of these steps"
             )
 
+    def run_hooks(step: int, due: list[Hook]) -> None:
+        for hook in due:
+            if values := hook.run(step, state):
+                log.write(step, values)
+                tqdm.write(f"step {step:,}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
     with bar:
+        if start == 0:
+            run_hooks(0, [hook for hook in hooks if hook.due(0, steps)])
         unread: tuple[int, StepMetrics] | None = None
         for step in range(start + 1, steps + 1):
             state, metrics = train_step(state, next(batches))
@@ -162,10 +172,7 @@ def fit(
             if stopped is not None:  # before the hooks: the time until the process is killed may be short
                 save(step, state)
                 raise Stopped(step, stopped)
-            for hook in due:
-                if values := hook.run(step, state):
-                    log.write(step, values)
-                    tqdm.write(f"step {step:,}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            run_hooks(step, due)
             if due:
                 clock.restart()
     return state

@@ -31,6 +31,62 @@ def cross_entropy(
     return loss_N.reshape(targets_BT.shape)
 
 
+def policy_gradient_loss(
+    nats_BT: jax.Array, advantages_B: jax.Array, reference_nats_BT: jax.Array | None = None, kl_weight: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """What a policy gradient descends, for answers that the policy itself has just written.
+
+    Args:
+        nats_BT: −log-probability of each sampled token, float32; 0 where a token was not sampled.
+        advantages_B: how much better each answer is than was to be expected; positive makes it likelier.
+        reference_nats_BT: the same under the policy that this one should stay close to; None for none.
+        kl_weight: of the divergence from the reference, in the loss.
+
+    Returns:
+        The loss and an unbiased estimate of the divergence, in nats, of each token.
+
+    Source: GRPO (arXiv:2402.03300, equations 3 and 4). With one update for each batch of answers its ratio is 1, and
+    there is nothing to clip.
+    """
+    loss_BT = advantages_B[:, None] * nats_BT
+    if reference_nats_BT is None:
+        return loss_BT, jnp.zeros_like(loss_BT)
+    log_ratio_BT = nats_BT - reference_nats_BT
+    kl_BT = jnp.exp(log_ratio_BT) - log_ratio_BT - 1
+    return loss_BT + kl_weight * kl_BT, kl_BT
+
+
+def dpo_loss(
+    policy_logps_P2: jax.Array,
+    reference_logps_P2: jax.Array,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    lengths_P2: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Direct preference optimisation: the policy should prefer the chosen answer more than the reference does.
+
+    Args:
+        policy_logps_P2: log-probability in nats of each pair's answers, the chosen one first.
+        reference_logps_P2: the same under the policy that is started from.
+        beta: how much a nat counts; the larger, the closer the policy stays to the reference.
+        label_smoothing: share of the pairs that are thought to be the wrong way round.
+        lengths_P2: tokens of each answer, to compare means over tokens in place of sums; None for sums.
+
+    Returns:
+        Of each pair the loss in nats, the margin between the implicit rewards, and the accuracy: whether the chosen
+        answer has the larger reward, ½ where neither has.
+
+    Source: arXiv:2305.18290, equation 7; Mitchell, A note on DPO with noisy preferences (2023), for the smoothing.
+    """
+    log_ratio_P2 = policy_logps_P2 - reference_logps_P2
+    if lengths_P2 is not None:
+        log_ratio_P2 = log_ratio_P2 / lengths_P2
+    margin_P = beta * (log_ratio_P2[:, 0] - log_ratio_P2[:, 1])
+    loss_P = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin_P) - label_smoothing * jax.nn.log_sigmoid(-margin_P)
+    return loss_P, margin_P, (1 + jnp.sign(margin_P)) / 2
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(
     cap: float | None, vocab_size: int, x_ND: jax.Array, head_DV: jax.Array, targets_N: jax.Array

@@ -1,17 +1,22 @@
 """Answers of a model to the questions of tasks, sampled on the engine and judged: for evaluation, pairs and RL."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from nanochat_jax.chat import parse, render_prompt, visible_text
 from nanochat_jax.config import Architecture
-from nanochat_jax.engine import Engine, EngineConfig, Output, Request
+from nanochat_jax.engine import TILE, Engine, EngineConfig, Output, Request
 from nanochat_jax.layers import Compute
 from nanochat_jax.model import Params
 from nanochat_jax.sampling import Sampling
+from nanochat_jax.sharding import batch_devices
 from nanochat_jax.tasks import Example, Task
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.tools import calculate
@@ -47,7 +52,11 @@ def make_engine(
     slots: int,
     context_len: int | None = None,
 ) -> Engine:
-    """An engine with the calculator, and the prefill that suits the device."""
+    """An engine with the calculator, the prefill that suits the device, and at least so many slots."""
+    at = jax.tree.leaves(params)[0].sharding
+    devices = batch_devices(cast(Mesh, at.mesh)) if isinstance(at, NamedSharding) else 1
+    per_device = -(-slots // devices)
+    slots = devices * (per_device if per_device <= TILE else -(-per_device // TILE) * TILE)
     prefill_rows = 1 if jax.default_backend() == "cpu" else min(8, slots)
     config = EngineConfig(slots=slots, context_len=context_len, prefill_rows=prefill_rows)
     return Engine(params, cfg, config, tools=calculate, tokenizer=tokenizer, compute=compute)
@@ -61,6 +70,7 @@ def answer(
     samples: int = 1,
     sampling: Sampling = GREEDY,
     max_new_tokens: int = 256,
+    progress: Callable[[int], object] | None = None,
 ) -> list[list[Answer]]:
     """Sample and judge answers, with the calculator at hand.
 
@@ -71,32 +81,54 @@ def answer(
         samples: of each question.
         sampling: its seed is mixed with the question's number and the sample's into a seed of each sample's own.
         max_new_tokens: of an answer, a tool's outputs included.
+        progress: told how many more answers have ended.
 
     Returns:
-        For each question its samples.
+        For each question its samples. Where the prompt fills the context, they are empty, and wrong.
     """
     end = [tokenizer.control["<|assistant_end|>"]]
     prompts = [render_prompt(question.example.prompt, tokenizer) for question in questions]
+    places = [(q, s) for q in range(len(questions)) for s in range(samples)]
     requests = {
         (q, s): Request(
             prompts[q],
             max_new_tokens,
-            replace(sampling, seed=_seed(sampling.seed, question.number, s)),
+            replace(sampling, seed=_seed(sampling.seed, questions[q].number, s)),
             stop_tokens=end,
             use_tools=True,
         )
-        for q, question in enumerate(questions)
+        for q, s in places
         if len(prompts[q]) < engine.context_len
-        for s in range(samples)
     }
-    outputs = dict(zip(requests, engine.run(list(requests.values())), strict=True))
+    outputs = dict(zip(requests, _run(engine, list(requests.values()), progress or (lambda _: None)), strict=True))
 
-    def judged(q: int, s: int) -> Answer:
-        output = outputs.get((q, s), Output(-1, finish_reason="length"))
+    def judged(place: tuple[int, int]) -> Answer:
+        question, output = questions[place[0]], outputs.get(place, Output(-1, finish_reason="length"))
         text = visible_text(parse(output.tokens, tokenizer))
-        return Answer(prompts[q], output, text, questions[q].task.judge(questions[q].example, text))
+        is_right = bool(output.tokens) and question.task.judge(question.example, text)
+        return Answer(prompts[place[0]], output, text, is_right)
 
-    return [[judged(q, s) for s in range(samples)] for q in range(len(questions))]
+    # Some judges run programs, and wait for them.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        answers = list(pool.map(judged, places))
+    return [answers[q * samples : (q + 1) * samples] for q in range(len(questions))]
+
+
+def _run(engine: Engine, requests: Sequence[Request], progress: Callable[[int], object]) -> list[Output]:
+    """`engine.run`, telling how many more requests have ended."""
+    outputs: dict[int, Output] = {}
+    try:
+        for request in requests:
+            number = engine.submit(request)
+            outputs[number] = Output(number)
+        while news := engine.step():
+            for new in news:
+                outputs[new.request] += new
+            progress(sum(new.finish_reason is not None for new in news))
+    finally:
+        for number in outputs:
+            engine.cancel(number)
+    return list(outputs.values())
 
 
 def _seed(*numbers: int) -> int:

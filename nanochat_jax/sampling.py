@@ -1,7 +1,8 @@
 """How the next token is chosen: temperature, truncation and repetition penalty, for each row of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.errors import UserError
+
+DRAW_BLOCK = 64  # tokens, about the root of a vocabulary
 
 type Vector = jax.Array | np.ndarray
 
@@ -61,15 +64,24 @@ class SamplingArrays(NamedTuple):
         )
 
 
-def choose(logits_BV: jax.Array, how: SamplingArrays, positions_B: jax.Array, seen_BV: jax.Array) -> jax.Array:
+def uniforms(seed_B: Vector, positions_BT: jax.Array) -> jax.Array:
+    """The random number in [0, 1) with which a row of this seed draws its token at each position: (B, T) float32."""
+
+    def uniform(seed: Vector, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
+
+    return jax.vmap(jax.vmap(uniform, (None, 0)))(seed_B, positions_BT)
+
+
+def choose(logits_BV: jax.Array, how: SamplingArrays, uniforms_B: jax.Array, seen_BV: jax.Array) -> jax.Array:
     """Choose a token for each row.
 
-    A row's choice depends on its own logits, sampling, position and seen tokens alone, never on its neighbours.
+    A row's choice depends on its own logits, sampling, random number and seen tokens alone, never on its neighbours.
 
     Args:
         logits_BV: float32.
         how: each row's sampling.
-        positions_B: int32, position that the chosen token will have; varies the randomness.
+        uniforms_B: a random number in [0, 1) for each row.
         seen_BV: bool, the tokens that the repetition penalty is for.
 
     Returns:
@@ -82,41 +94,72 @@ def choose(logits_BV: jax.Array, how: SamplingArrays, positions_B: jax.Array, se
     # The largest logit is taken off before, and the temperature bounded, so that nothing overflows.
     below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     probs_BV = jax.nn.softmax(below_BV / jnp.maximum(how.temperature_B, 1e-6)[:, None], axis=-1)
-    # Most of the sampler's time; whether it is spent depends on the neighbours, what comes of it does not.
-    least_B = jax.lax.cond(
-        jnp.any((how.top_k_B > 0) | (how.top_p_B < 1)),
-        lambda: least_probability(probs_BV, how.top_k_B, how.top_p_B),
-        lambda: jnp.zeros_like(probs_BV[:, 0]),
+    least_B = jnp.maximum(
+        least_probability(probs_BV, how.top_k_B, how.top_p_B), how.min_p_B * jnp.max(probs_BV, axis=-1)
     )
-    least_B = jnp.maximum(least_B, how.min_p_B * jnp.max(probs_BV, axis=-1))
-    kept_BV = jnp.where(probs_BV >= least_B[:, None], probs_BV, 0.0)
-    # One random number a row, where Gumbel noise would take V. A parallel sum may fall by a rounding error from one
-    # token to the next, hence the second condition: a token that is not kept is never drawn.
-    mass_BV = jnp.cumsum(kept_BV, axis=-1)
-    draw_B = jax.vmap(lambda seed, position: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position)))(
-        how.seed_B, positions_B
-    )
-    drawn_B = jnp.argmax((mass_BV > draw_B[:, None] * mass_BV.max(-1, keepdims=True)) & (kept_BV > 0), axis=-1)
-    return jnp.where(how.temperature_B > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+    drawn_B = _draw(jnp.where(probs_BV >= least_B[:, None], probs_BV, 0.0), uniforms_B)
+    return jnp.where(how.temperature_B > 0, drawn_B, _first(below_BV == 0))
+
+
+def _first(true_BN: jax.Array) -> jax.Array:
+    """Index of each row's first True, or of its last element; on CPUs several times faster than argmax."""
+    N = true_BN.shape[1]
+    return jnp.min(jnp.where(true_BN, jnp.arange(N, dtype=jnp.int32)[None], N - 1), axis=-1)
+
+
+def _draw(weights_BV: jax.Array, uniforms_B: jax.Array) -> jax.Array:
+    """An index for each row, drawn in proportion to the weights: first a block, then an element of it.
+
+    One random number a row, where Gumbel noise would take V, and no running sum over all of V, which is slow on CPUs.
+    """
+    B, V = weights_BV.shape
+    blocks_BNW = jnp.pad(weights_BV, ((0, 0), (0, -V % DRAW_BLOCK))).reshape(B, -1, DRAW_BLOCK)
+    block_B, rest_B = _pick(jnp.sum(blocks_BNW, axis=-1), uniforms_B)
+    weights_BW = jnp.take_along_axis(blocks_BNW, block_B[:, None, None], axis=1)[:, 0]
+    return jnp.minimum(block_B * DRAW_BLOCK + _pick(weights_BW, rest_B)[0], V - 1)
+
+
+def _pick(weights_BN: jax.Array, uniforms_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The element into which a random share of the sum falls, and where in it, in [0, 1)."""
+    mass_BN = jnp.cumsum(weights_BN, axis=-1)
+    share_B1 = uniforms_B[:, None] * jnp.max(mass_BN, axis=-1, keepdims=True)
+    # A parallel sum may fall by a rounding error from one element to the next: what has no weight is never picked.
+    index_B = _first((mass_BN > share_B1) & (weights_BN > 0))
+    mass_B1, weight_B1 = (jnp.take_along_axis(x_BN, index_B[:, None], axis=1) for x_BN in (mass_BN, weights_BN))
+    rest_B = (share_B1 - (mass_B1 - weight_B1))[:, 0] / weight_B1[:, 0]
+    return index_B, jnp.clip(rest_B, 0, 1 - 2**-24)
 
 
 def least_probability(probs_BV: jax.Array, top_k_B: Vector, top_p_B: Vector) -> jax.Array:
     """The probability from which on tokens are kept: those with fewer than top_k, and less than top_p, before them.
 
-    Bisects the bit patterns of the floats, which are ordered as the floats are: exact, and several times faster
-    than sorting. Tokens exactly as likely as the last one kept are kept too.
+    Tokens exactly as likely as the last one kept are kept too.
     """
-    bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
     most_B = jnp.where(top_k_B > 0, top_k_B, probs_BV.shape[1] + 1)
     mass_B = jnp.where(top_p_B < 1, top_p_B, jnp.inf)  # a sum of everything may round to 1
+    limits = (
+        (jnp.any(top_k_B > 0), lambda likelier_BV: jnp.sum(likelier_BV.astype(jnp.float32), axis=-1) < most_B),
+        (jnp.any(top_p_B < 1), lambda likelier_BV: jnp.sum(jnp.where(likelier_BV, probs_BV, 0), axis=-1) < mass_B),
+    )
+    # Most of the sampler's time; whether it is spent depends on the neighbours, what comes of it does not.
+    none_B = jnp.zeros_like(probs_BV[:, 0])
+    least = [jax.lax.cond(used, partial(_bisect, probs_BV, allows), lambda: none_B) for used, allows in limits]
+    return jnp.maximum(*least)
+
+
+def _bisect(probs_BV: jax.Array, allows: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The least probability that still allows what is likelier than it.
+
+    Bisects the bit patterns of the floats, which are ordered as the floats are: exact, and several times faster
+    than sorting.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low_B, high_B = bounds
         middle_B = (low_B + high_B) // 2
-        likelier_BV = bits_BV > middle_B[:, None]
-        before_B = jnp.sum(jnp.where(likelier_BV, probs_BV, 0.0), axis=-1)
-        enough_B = (jnp.sum(likelier_BV, axis=-1) < most_B) & (before_B < mass_B)
-        return jnp.where(enough_B, low_B, middle_B + 1), jnp.where(enough_B, middle_B, high_B)
+        allowed_B = allows(bits_BV > middle_B[:, None])
+        return jnp.where(allowed_B, low_B, middle_B + 1), jnp.where(allowed_B, middle_B, high_B)
 
     one = int(np.float32(1).view(np.int32))
     bounds = jnp.zeros_like(bits_BV[:, 0]), jnp.full_like(bits_BV[:, 0], one)

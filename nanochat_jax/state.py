@@ -46,7 +46,7 @@ def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 def make_train_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, like: TrainState, seed: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+) -> jax.stages.Wrapped:
     """The jitted train step: (state, batch of micro-batches (A, B, …)) → (state, StepMetrics).
 
     Gradients are summed over micro-batches and divided by the step's count once, so that accumulation

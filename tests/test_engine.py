@@ -187,9 +187,95 @@ def test_parameters_that_do_not_fit_are_refused(engine, params):
 
 def test_lengths_of_chunks(params):
     engine = Engine(params, CFG, EngineConfig(slots=2, context_len=180, prefill_chunk=512), compute=COMPUTE)
-    assert [engine._chunks([0] * n) for n in (1, 64, 65, 129, 179)] == [[64], [64], [128], [192], [192]]
+    assert [engine.prefill.chunks([0] * n) for n in (1, 64, 65, 129, 179)] == [[64], [64], [128], [192], [192]]
     engine = Engine(params, CFG, EngineConfig(slots=2, prefill_chunk=100), compute=COMPUTE)
-    assert [engine._chunks([0] * n) for n in (64, 128, 129, 191)] == [[64], [128], [128, 64], [128, 64]]
+    assert [engine.prefill.chunks([0] * n) for n in (64, 128, 129, 191)] == [[64], [128], [128, 64], [128, 64]]
+
+
+@pytest.fixture(scope="module")
+def reusing(params):
+    """As the engine, but it keeps what it has read."""
+    config = EngineConfig(slots=32, prefill_rows=2, prefill_chunk=64, steps_per_dispatch=4, reuse_tokens=64 * 40)
+    return Engine(params, CFG, config, compute=COMPUTE)
+
+
+def conversations() -> list[Request]:
+    """Prompts that begin alike, for one to two chunks and a bit: as next turns, other tries and edits do."""
+    rng = np.random.default_rng(3)
+    first, second = (rng.integers(0, CFG.vocab_size, 180).tolist() for _ in range(2))
+    prompts = [first[:70], first[:140], first, first[:140], first[:64] + second[64:], first[:129], second, first[:63]]
+    return [Request(prompt, 10, Sampling(seed=i)) for i, prompt in enumerate(prompts)]
+
+
+def test_what_earlier_prompts_have_in_common_is_not_computed_again_and_changes_nothing(engine, reusing):
+    requests = conversations()
+    expected = content(engine.run(requests))
+    for round_, known in enumerate([[0, 1, 2, 2, 1, 2, 0, 0], [1, 2, 2, 2, 2, 2, 2, 0]]):
+        for request, output, chunks in zip(requests, expected, known, strict=True):
+            before = reusing.prefill.reused_tokens
+            assert content(reusing.run([request])) == [output]
+            assert reusing.prefill.reused_tokens - before == 64 * chunks, (round_, len(request.prompt))
+    assert content(reusing.run(requests * 4)) == expected * 4
+    assert content(reusing.run(some_requests(32))) == content(engine.run(some_requests(32)))
+    assert reusing.compilations == 5 and engine.compilations == 3
+
+
+def test_kept_prompts_are_forgotten_with_their_parameters_and_for_want_of_room(engine, params):
+    config = EngineConfig(slots=2, prefill_chunk=64, reuse_tokens=64 * 3)
+    small, prompt, other = Engine(params, CFG, config, compute=COMPUTE), list(range(97)) * 2, [7] * 150
+    reused = []
+    for asked in (prompt[:130], other[:130], prompt[:130], prompt[:130]):
+        before = small.prefill.reused_tokens
+        small.run([Request(asked, 1)])
+        reused.append(small.prefill.reused_tokens - before)
+    assert reused == [0, 0, 64, 128]  # room for three chunks: of the prompt used longest ago the beginning is left
+    small.set_params(random_params(CFG, seed=5))
+    small.run([Request(prompt[:130], 1)])
+    assert small.prefill.reused_tokens == sum(reused)
+
+
+def test_the_likeliest_tokens_are_told(params, next_logits):
+    engine = Engine(params, CFG, EngineConfig(slots=1, steps_per_dispatch=4, top_logprobs=3), compute=COMPUTE)
+    [output] = engine.run([Request([1, 2, 3], 10, Sampling(seed=1))])
+    nats_TV = np.asarray(jax.nn.log_softmax(next_logits([1, 2, 3], output)))
+    assert len(output.top) == 10
+    for top, nats_V in zip(output.top, nats_TV, strict=True):
+        assert [token for token, _ in top] == np.argsort(-nats_V)[:3].tolist()
+        np.testing.assert_allclose([nats for _, nats in top], np.sort(nats_V)[:-4:-1], atol=2e-5)
+    assert output.first(4).top == output.top[:4]
+
+
+@pytest.mark.parametrize("context_len", [640, 600])  # whole blocks of keys, and not
+def test_long_caches(context_len):
+    cfg = dataclasses.replace(CFG, sequence_len=640)
+    params = random_params(cfg)
+    config = EngineConfig(slots=4, context_len=context_len, steps_per_dispatch=16)
+    engine, rng = Engine(params, cfg, config, compute=COMPUTE), np.random.default_rng(0)
+    prompts = [rng.integers(0, 97, n).tolist() for n in (5, 120, 250, context_len - 40)]
+    together = engine.run([Request(prompt, 30, GREEDY) for prompt in prompts])
+    forward = jax.jit(lambda tokens_BT: model.forward(params, cfg, tokens_BT, compute=COMPUTE))
+    for prompt, output in zip(prompts, together, strict=True):
+        tokens_1T = np.zeros((1, 640), np.int32)
+        tokens_1T[0, : len(prompt) + 30] = [*prompt, *output.tokens]
+        assert np.argmax(forward(tokens_1T)[0, len(prompt) - 1 :], axis=-1)[:30].tolist() == list(output.tokens)
+    alone = [engine.run([Request(prompt, 30, GREEDY)])[0] for prompt in prompts]
+    assert content(alone) == content(together)
+
+
+def test_an_engine_goes_on_after_a_reset_and_is_warm_when_told(params):
+    engine = Engine(params, CFG, EngineConfig(slots=2, prefill_chunk=100, reuse_tokens=500), compute=COMPUTE)
+    engine.warm_up()
+    compiled, [expected] = engine.compilations, engine.run([Request([1, 2], 20)])
+    assert compiled == 6 and engine.prefill.reused_tokens == 0
+    for _ in range(3):
+        engine.submit(Request([3] * 150, 50))
+    engine.step()
+    assert engine.load == (2, 1)
+    engine.reset()
+    assert engine.load == (0, 0) and engine.step() == []
+    assert content(engine.run([Request([1, 2], 20)])) == content([expected])
+    engine.run([Request([3] * 150, 50)])
+    assert engine.prefill.reused_tokens == 0 and engine.compilations == compiled
 
 
 @pytest.mark.parametrize(
@@ -211,7 +297,16 @@ def test_impossible_requests_are_refused(engine, request_, message):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"slots": 0}, {"steps_per_dispatch": 0}, {"prefill_rows": -1}, {"slots": 12}, {"prefill_rows": 9}]
+    "bad",
+    [
+        {"slots": 0},
+        {"steps_per_dispatch": 0},
+        {"prefill_rows": -1},
+        {"slots": 12},
+        {"prefill_rows": 9},
+        {"reuse_tokens": -1},
+        {"top_logprobs": -1},
+    ],
 )
 def test_impossible_sizes_are_refused(params, bad):
     with pytest.raises(UserError, match=next(iter(bad))):

@@ -20,6 +20,7 @@ from nanochat_jax.data.pretrain import open_split
 from nanochat_jax.data.records import load_manifest
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval import baselines
+from nanochat_jax.eval.chat import CHATCORE, Evaluator
 from nanochat_jax.metrics import read_metrics
 from train import evaluate, prepare, pretrain, tokenizer
 from train.stage import RunConfig
@@ -106,8 +107,8 @@ def test_main_measures_stores_and_prints(run, capsys):
     assert json.loads((run / "base" / "evaluation.json").read_text()) == result
     assert result["step"] == 6
     manifest = load_manifest(run / "data")
-    assert result["data"] == manifest.fingerprint
     bpb, sample = result["suites"]["bpb"], result["suites"]["sample"]
+    assert bpb["data"] == manifest.fingerprint
     assert (bpb["bytes"], bpb["tokens"]) == (manifest.val.bytes, manifest.val.tokens)
     assert list(bpb["bits_per_byte"]) == ["this model", "unigram tokens", "gzip -9", "xz -9"]
     assert all(0 < bits < 10 for bits in bpb["bits_per_byte"].values())
@@ -123,10 +124,10 @@ def test_main_measures_stores_and_prints(run, capsys):
 def test_reuses_what_was_measured_on_the_same_checkpoint_and_data(run, monkeypatch, capsys):
     first = evaluate.main(config(run, suite="bpb"))
 
-    def fail(_):
+    def fail(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setitem(evaluate.SUITES, "bpb", evaluate.SUITES["bpb"]._replace(measure=fail))
+    monkeypatch.setattr(evaluate, "make_evaluator", fail)
     both = evaluate.main(config(run))
     assert both["suites"]["bpb"] == first["suites"]["bpb"]
     assert "sample" in both["suites"]
@@ -134,19 +135,157 @@ def test_reuses_what_was_measured_on_the_same_checkpoint_and_data(run, monkeypat
     with pytest.raises(AssertionError, match="measured again"):
         evaluate.main(config(run, force=True))
     assert set(evaluate.main(config(run, suite="sample", force=True))["suites"]) == {"bpb", "sample"}
-    for spoilt in (json.dumps(both | {"step": 5}), json.dumps(both | {"data": "other"}), "{}", "not JSON"):
+    other_data = {**both, "suites": {"bpb": {**both["suites"]["bpb"], "data": "other"}}}
+    for spoilt in (
+        json.dumps(both | {"step": 5}),
+        json.dumps(both | {"fingerprint": "0"}),
+        json.dumps(other_data),
+        "?",
+    ):
         (run / "base" / "evaluation.json").write_text(spoilt)
         with pytest.raises(AssertionError, match="measured again"):
             evaluate.main(config(run))
 
 
-def test_refuses_what_does_not_fit(run, tiny_data):
+@pytest.fixture
+def chat(tiny_base, tmp_path) -> Path:
+    """A copy of a run that can be asked, and rows of ARC beside it."""
+    rows = [
+        {"question": f"Why {n}?", "choices": {"text": ["so", "thus"], "label": ["A", "B"]}, "answerKey": "AB"[n % 2]}
+        for n in range(12)
+    ]
+    (tmp_path / "arc_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return shutil.copytree(tiny_base, tmp_path / "sft", ignore=shutil.ignore_patterns("evaluation.json"))
+
+
+def asked(run: Path, tasks: str, **changes) -> evaluate.Config:
+    sizes = {"rows": 1, "slots": 1, "examples": 5, "max_new_tokens": 4}
+    return evaluate.Config(
+        run, tasks=tasks.replace("ARC", f"arc-easy=jsonl:{run.parent}/arc_{{split}}.jsonl"), **sizes | changes
+    )
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """Names of the tasks that a model really answers."""
+    names: list[str] = []
+    real = Evaluator.evaluate
+
+    def spy(self, task, *args):
+        names.append(task.name)
+        return real(self, task, *args)
+
+    monkeypatch.setattr(Evaluator, "evaluate", spy)
+    return names
+
+
+def test_chat_measures_what_is_missing_and_keeps_the_rest(chat, measured, capsys):
+    first = evaluate.main(asked(chat, "arithmetic,ARC"))["suites"]["chat"]
+    assert measured == ["arithmetic", "arc-easy"]
+    assert {name: (task["kind"], task["examples"]) for name, task in first["tasks"].items()} == {
+        "arithmetic": ("generative", 5), "arc-easy": ("categorical", 5),
+    }  # fmt: skip
+    arc = first["tasks"]["arc-easy"]
+    assert arc["centred"] == pytest.approx((arc["right"] / 5 - 0.25) / 0.75)
+    assert first["chatcore"] is None and first["compilations"] == {"categorical": 1, "engine": 3}
+    printed = capsys.readouterr().out
+    assert f"arc-easy       categorical {arc['accuracy']:9.1%}" in printed and "1 to choose letters, 3 to" in printed
+
+    second = evaluate.main(asked(chat, "ARC,identity,arithmetic"))["suites"]["chat"]
+    assert measured[2:] == ["identity"]
+    assert second["tasks"].items() > first["tasks"].items()
+    assert second["mean_centred"] == pytest.approx(np.mean([task["centred"] for task in second["tasks"].values()]))
+    assert second["seconds"] == pytest.approx(sum(task["seconds"] for task in second["tasks"].values()), abs=0.01)
+    again = evaluate.main(asked(chat, "identity,ARC"))
+    assert measured[3:] == [] and again["suites"]["chat"] == second
+    assert json.loads((chat / "evaluation.json").read_text()) == again
+    assert "measured before" in capsys.readouterr().out
+    evaluate.main(asked(chat, "ARC", examples=6))
+    evaluate.main(asked(chat, "ARC", examples=6, force=True))
+    assert measured[3:] == ["arc-easy", "arc-easy"]
+    kept = json.loads((chat / "evaluation.json").read_text())["suites"]["chat"]["tasks"]
+    assert kept["arc-easy"]["examples"] == 6 and kept["identity"] == second["tasks"]["identity"]
+
+
+def test_tasks_without_data_are_named_and_left_out(chat, capsys):
+    missing = f"gsm8k=jsonl:{chat}/nothing_{{split}}.jsonl"
+    result = evaluate.main(asked(chat, f"{missing},ARC"))
+    assert list(result["suites"]["chat"]["tasks"]) == ["arc-easy"]
+    assert "gsm8k is left out: task gsm8k, split test: no file matches" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of the tasks could be measured: gsm8k"):
+        evaluate.main(asked(chat, missing))
+    assert json.loads((chat / "evaluation.json").read_text()) == result
+
+
+def test_an_interruption_keeps_the_tasks_that_were_done(chat, measured, monkeypatch):
+    real = Evaluator.evaluate
+
+    def interrupted(self, task, *args):
+        if task.name == "identity":
+            raise KeyboardInterrupt
+        return real(self, task, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Evaluator, "evaluate", interrupted)
+        evaluate.main(asked(chat, "ARC,identity"))
+    evaluate.main(asked(chat, "ARC,identity"))
+    assert measured == ["arc-easy", "identity"]
+
+
+def test_names_of_tasks():
+    assert evaluate.task_specs("chatcore,spelling,mmlu=jsonl:a_{split}") == {
+        **{name: name for name in CHATCORE}, "mmlu": "mmlu=jsonl:a_{split}", "spelling": "spelling",
+    }  # fmt: skip
+
+
+def test_chatcore_is_shown_where_there_is_one(capsys):
+    task = {
+        "kind": "generative",
+        "accuracy": 0.5,
+        "interval": [0.4, 0.6],
+        "baseline": 0.0,
+        "examples": 2000,
+        "seconds": 1.0,
+    }
+    shown = {
+        "tasks": {"gsm8k": task | {"too_long": 3}}, "chatcore": 0.25, "mean_centred": 0.5,
+        "compilations": {"categorical": 0, "engine": 4},
+    }  # fmt: skip
+    evaluate.show_chat(shown)
+    printed = capsys.readouterr().out
+    assert "ChatCORE 0.2500; mean of 1 tasks" in printed and "3 prompts fill the context" in printed
+    evaluate.show_chat(shown | {"chatcore": None})
+    assert "ChatCORE" not in capsys.readouterr().out
+
+
+def test_suites_follow_from_the_data():
+    assert evaluate.Config(Path("x")).suites == ["chat"]
+    assert evaluate.Config(Path("x"), data=Path("y")).suites == ["bpb", "sample"]
+    assert evaluate.Config(Path("x"), data=Path("y"), suite="bpb,chat").suites == ["bpb", "chat"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suite": "bpb,sing"}, "unknown suite 'sing'; choose from bpb, sample, chat"),
+        ({"suite": "chat,bpb", "data": None}, "suite bpb .* add --data"),
+        ({"rows": 0}, "--rows 0 must be at least 1"),
+        ({"slots": 0}, "--slots 0"),
+        ({"examples": -1}, "--examples -1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+    ],
+)
+def test_refuses_what_makes_no_sense(changes, message):
+    with pytest.raises(UserError, match=message):
+        config(Path("x"), **changes)
+
+
+def test_refuses_what_does_not_fit(run, chat, tiny_data):
     with pytest.raises(UserError, match="tokenizer sha256"):
         evaluate.main(config(run, data=tiny_data))
-    with pytest.raises(UserError, match=r"unknown suite 'sing'; choose from bpb, sample"):
-        evaluate.main(config(run, suite="bpb,sing"))
-    with pytest.raises(UserError, match="rows=0"):
-        evaluate.main(config(run, rows=0))
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate.main(config(run, checkpoint=run / "data"))
+    with pytest.raises(UserError, match="unknown task 'chess'"):
+        evaluate.main(asked(chat, "ARC,chess"))
+    assert not (chat / "evaluation.json").exists()
     assert Checkpoints(run / "base" / "checkpoints").newest() == 6

@@ -1,3 +1,6 @@
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +9,7 @@ import pytest
 from nanochat_jax import model
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.generate import generate
+from nanochat_jax.generate import empty_rows, generate, prefill, restore, snapshot
 from nanochat_jax.layers import Compute
 from nanochat_jax.sampling import Sampling
 
@@ -90,3 +93,28 @@ def test_prompts_that_cannot_be_continued_are_refused(params):
 
 def test_no_prompts_give_no_continuations(params):
     assert generate(params, CFG, [], max_new_tokens=1) == []
+
+
+@pytest.mark.parametrize("size", [32, 160])  # shorter and longer than the rings, of 129
+def test_restored_rows_are_those_that_were_prefilled(params, size):
+    cfg = dataclasses.replace(CFG, sequence_len=400, n_layer=2, window_pattern="SL")
+    params = {name: params[name] for name in params if name not in ("block_2", "block_3")}
+    params |= {name: params[name][:2] for name in ("resid_lambdas", "x0_lambdas")}
+    feed = jax.jit(partial(prefill, cfg=cfg, compute=COMPUTE))
+    tokens_BT = np.random.default_rng(0).integers(0, 97, (2, 3 * size)).astype(np.int32)[:, :400]
+    zero = np.zeros(2, np.int32)
+    empty = empty_rows(2, cfg, COMPUTE, 400)
+    fed, restored, elsewhere = empty, empty, empty
+    for start in range(0, tokens_BT.shape[1] - size + 1, size):
+        piece_BT, counts_B = tokens_BT[:, start : start + size], zero + size
+        fed = feed(params, fed, piece_BT, counts_B)
+        for row in (0, 1):
+            stretch, only_B = snapshot(fed, row, size=size), np.where(np.arange(2) == row, counts_B, zero)
+            restored = restore(restored, stretch, piece_BT, only_B)
+        elsewhere = restore(elsewhere, stretch, piece_BT[::-1], np.where(np.arange(2) == 0, counts_B, zero))
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), fed.cache, restored.cache))
+    np.testing.assert_array_equal(fed.seen_BV, restored.seen_BV)
+    for there, here, untouched in zip(*map(jax.tree.leaves, (fed, elsewhere, empty)), strict=True):
+        if there.dtype == bool or there.shape != fed.logits_BV.shape:
+            np.testing.assert_array_equal(here[0], there[1])
+        np.testing.assert_array_equal(here[1], untouched[1])

@@ -24,14 +24,17 @@ def relative_error(found, wanted) -> float:
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("window", [128, 512, 1024])
-def test_cudnn_attention_and_its_gradients_equal_the_reference(window, kv_heads):
+@pytest.mark.parametrize("segments", [1, 5])
+def test_cudnn_attention_and_its_gradients_equal_the_reference(window, kv_heads, segments):
     keys = jax.random.split(jax.random.key(0), 4)
     q, out_grad = (jax.random.normal(key, (2, 1024, 4, 128)) for key in keys[:2])
     k, v = (jax.random.normal(key, (2, 1024, kv_heads, 128)) for key in keys[2:])
+    segment_ids = jnp.sort(jax.random.randint(jax.random.key(1), (2, 1024), 0, segments)) if segments > 1 else None
 
     def run(backend, dtype):
         def weighted(q, k, v):
-            out = attention.attend(*(x.astype(dtype) for x in (q, k, v)), window=window, backend=backend)
+            options = {"window": window, "segment_ids_BT": segment_ids, "backend": backend}
+            out = attention.attend(*(x.astype(dtype) for x in (q, k, v)), **options)
             return jnp.sum(out.astype(jnp.float32) * out_grad), out
 
         with jax.default_matmul_precision("highest"):

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.sampling import Sampling, SamplingArrays, choose, least_probability
+from nanochat_jax.sampling import Sampling, SamplingArrays, choose, least_probability, uniforms
 
 
 def draws(logits, how: Sampling, count: int = 4000, seen: tuple[int, ...] = ()) -> np.ndarray:
     rows = SamplingArrays.of([dataclasses.replace(how, seed=seed) for seed in range(count)])
     logits_BV = jnp.tile(jnp.array(logits, jnp.float32)[None], (count, 1))
     seen_BV = jnp.zeros(logits_BV.shape, bool).at[:, list(seen)].set(True)
-    return np.asarray(choose(logits_BV, rows, jnp.zeros(count, jnp.int32), seen_BV))
+    uniforms_B = uniforms(rows.seed_B, jnp.zeros((count, 1), jnp.int32))[:, 0]
+    return np.asarray(choose(logits_BV, rows, uniforms_B, seen_BV))
 
 
 def test_frequencies_follow_the_tempered_softmax():

@@ -247,16 +247,18 @@ def test_demo_calls_every_stage_in_turn(machine: Machine) -> None:
     done = machine.run("train/demo.sh", "--quick", "--out", "my runs")
     assert done.returncode == 0, done.stderr
     stages = [call.split()[1].removeprefix("train.") for call in machine.called()]
-    assert stages == ["pip", "tokenizer", "prepare", "pretrain", "evaluate", "sample", "report"]
+    base = ["pip", "tokenizer", "prepare", "pretrain", "evaluate", "sample"]
+    chat = ["sft", "evaluate", "pairs", "dpo", "evaluate", "rl", "evaluate", "serve.cli", "report"]
+    assert stages == base + chat
     assert machine.called()[-1].endswith(f"--run {machine.home}/my runs/quick")
-    assert "[7/7] report" in done.stdout and "Everything lies in" in done.stdout
+    assert "[15/15] report" in done.stdout and "Everything lies in" in done.stdout
 
 
 def test_demo_stops_at_a_failing_stage_and_says_how_to_go_on(machine: Machine) -> None:
     write_script(machine.bin / "python3.12", fake_python("3.12.5"))
     done = machine.run("train/demo.sh", "--run", "a b", FAIL="train.prepare")
     assert done.returncode == 3
-    assert "Stage 3 of 7, prepare, failed with exit status 3" in done.stderr
+    assert "Stage 3 of 15, prepare, failed with exit status 3" in done.stderr
     assert done.stderr.endswith("demo.sh --run a\\ b\n")
     assert machine.called()[-1].startswith("-m train.prepare")
 

@@ -18,7 +18,7 @@ from nanochat_jax.tasks.spelling import split_words, words
 from nanochat_jax.tasks.task import all_numbers, marked_numbers
 from nanochat_jax.tools import calculate
 
-GENERATED = ("spelling", "counting", "arithmetic", "identity", "refusals")
+GENERATED = ("spelling", "counting", "arithmetic", "mental-arithmetic", "identity", "refusals")
 
 
 def write_rows(folder: Path, name: str, **splits: list[dict]) -> str:
@@ -73,6 +73,14 @@ def test_arithmetic_operands_are_disjoint():
         return pairs
 
     assert not operands("train") & operands("test")
+
+
+def test_mental_arithmetic_asks_the_same_and_calls_nothing():
+    asked_by_hand, asked_at_once = (open_task(name).examples("test") for name in ("arithmetic", "mental-arithmetic"))
+    assert {asked(e).split()[0] for e in asked_by_hand} == {asked(e).split()[0] for e in asked_at_once}
+    assert all(isinstance(e.conversation["messages"][-1]["content"], list) for e in asked_by_hand[:50])
+    for example in asked_at_once[:50]:
+        assert [part["type"] for part in content_parts(example.conversation["messages"][-1])] == ["text"]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
-"""Measure a trained model: bits per byte of held-out text, beside what simpler methods need, and samples.
+"""Measure a trained model: bits per byte of held-out text, beside what simpler methods need; samples; chat tasks.
 
     python -m train.evaluate --checkpoint runs/demo/base --data runs/demo/data
+    python -m train.evaluate --checkpoint runs/demo/sft --tasks chatcore,spelling --examples 200
 
-The results go to evaluation.json in the checkpoint's folder. Suites measured before on the same checkpoint and data
-are not measured again, unless with --force.
+The results go to evaluation.json in the checkpoint's folder. What was measured before on the same checkpoint and data
+is not measured again, unless with --force; chat tasks are kept one by one.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +21,17 @@ from tqdm import tqdm
 from nanochat_jax import sharding
 from nanochat_jax.config import to_json, write_json
 from nanochat_jax.data.batches import validation_batches
-from nanochat_jax.data.pretrain import Records, open_split
+from nanochat_jax.data.pretrain import open_split
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval.baselines import baselines
 from nanochat_jax.eval.bpb import make_evaluator
+from nanochat_jax.eval.chat import CHATCORE, Evaluator, Sizes, chatcore
 from nanochat_jax.generate import continue_texts, usable_prompts
 from nanochat_jax.load import LoadedModel, load_model
 from nanochat_jax.sampling import Sampling
+from nanochat_jax.tasks import open_task
 from train import cli
+from train.stage import at_least
 
 PROMPTS = ("", "", "The", "My fellow citizens", "In the year")  # the empty ones leave the model free to begin
 SAMPLE_TOKENS = 96
@@ -38,42 +42,72 @@ SAMPLING = Sampling(temperature=0.8, top_k=50)
 class Config:
     checkpoint: Path
     """Folder of a training run."""
-    data: Path
-    """Folder made by train.prepare, with the same tokenizer; its validation split is measured on."""
-    suite: str = "bpb,sample"
-    """What to measure, separated by commas: bpb (bits per byte), sample (texts the model writes)."""
+    data: Path | None = None
+    """Folder made by train.prepare, with the same tokenizer; bpb measures on its validation split."""
+    suite: str | None = None
+    """What to measure, separated by commas: bpb (bits per byte), sample (texts the model writes), chat (tasks of a
+    chat model); default: bpb,sample where --data is given, chat where it is not."""
     step: int | None = None
     """Checkpoint to use; default: the newest good one."""
     rows: int = 8
     """Sequences that one device computes at a time."""
     force: bool = False
     """Measure again what is there already."""
+    tasks: str = "spelling,counting,arithmetic,identity,refusals"
+    """For chat: names of tasks, separated by commas; chatcore stands for the five of ChatCORE. NAME=SOURCE, such as
+    gsm8k=jsonl:data/gsm8k_{split}.jsonl, reads a task's examples from there and not from the hub."""
+    examples: int = 0
+    """For chat: take so many examples of each task, the first; 0 for all."""
+    slots: int = 32
+    """For chat: answers that one device samples at a time."""
+    max_new_tokens: int = 512
+    """For chat: tokens of an answer at most, within the model's context."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("examples", 0), ("slots", 1), ("max_new_tokens", 1)):
+            at_least(name.replace("_", "-"), getattr(self, name), least)
+        if unknown := set(self.suites) - set(SUITES):
+            raise UserError(f"unknown suite {sorted(unknown)[0]!r}; choose from {', '.join(SUITES)}")
+        if "bpb" in self.suites and self.data is None:
+            raise UserError("suite bpb measures on held-out text: add --data, the folder that train.prepare made")
+
+    @property
+    def suites(self) -> list[str]:
+        return (self.suite or ("bpb,sample" if self.data else "chat")).split(",")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, and on what."""
+    """What is measured, and how."""
 
     config: Config
     mesh: jax.sharding.Mesh
     model: LoadedModel
-    train: Records
-    val: Records
 
 
-def measure_bpb(subject: Subject) -> dict[str, Any]:
+def measure_bpb(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Bits per byte of the whole validation split: the model's and the baselines'."""
-    tok, val, mesh = subject.model.tokenizer, subject.val, subject.mesh
+    tok, mesh, data = subject.model.tokenizer, subject.mesh, subject.config.data
+    assert data is not None
+    train, val = (
+        open_split(data, split, tokenizer_sha256=tok.sha256, sequence_len=subject.model.cfg.sequence_len)
+        for split in ("train", "val")
+    )
+    if before.get("data") == val.manifest.fingerprint and not subject.config.force:
+        return
+    started = time.perf_counter()
     rows = subject.config.rows * sharding.batch_devices(mesh)
     evaluate = make_evaluator(subject.model.cfg, tok.byte_lengths, subject.model.compute)
     batches = validation_batches(val, rows, process_index=jax.process_index(), process_count=jax.process_count())
     progress = tqdm(batches, desc="bits per byte", unit="batch", total=math.ceil(len(val) / rows), disable=None)
     measured = evaluate(subject.model.params, (sharding.put_batch(mesh, batch) for batch in progress))
-    return {
+    yield {
+        "data": val.manifest.fingerprint,
         "bytes": measured.bytes,
         "tokens": measured.tokens,
         "loss_nats_per_token": measured.loss,
-        "bits_per_byte": {"this model": measured.bpb, **baselines(subject.train, val, tok)},
+        "bits_per_byte": {"this model": measured.bpb, **baselines(train, val, tok)},
+        "seconds": round(time.perf_counter() - started, 2),
     }
 
 
@@ -87,9 +121,11 @@ def show_bpb(result: dict[str, Any]) -> None:
     print(f"\nthe model {'does not beat ' + ', '.join(better) if better else 'beats all of them'}")
 
 
-def write_samples(subject: Subject) -> dict[str, Any]:
+def write_samples(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """How the model begins on its own, and how it continues a few prompts."""
-    loaded = subject.model
+    if before and not subject.config.force:
+        return
+    started, loaded = time.perf_counter(), subject.model
     prompts = usable_prompts(loaded.cfg, loaded.tokenizer, PROMPTS)
     texts = continue_texts(
         loaded.params,
@@ -101,7 +137,8 @@ def write_samples(subject: Subject) -> dict[str, Any]:
         compute=loaded.compute,
     )
     samples = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
-    return {"sampling": to_json(SAMPLING), "samples": samples}
+    seconds = round(time.perf_counter() - started, 2)
+    yield {"sampling": to_json(SAMPLING), "samples": samples, "seconds": seconds}
 
 
 def show_samples(result: dict[str, Any]) -> None:
@@ -109,50 +146,97 @@ def show_samples(result: dict[str, Any]) -> None:
         print(f"  {sample['prompt']}│{sample['text']}\n")
 
 
+def measure_chat(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Accuracy in tasks, one after the other; tasks without data are named and left out."""
+    config, loaded, results = subject.config, subject.model, dict(before.get("tasks", {}))
+    sizes = Sizes(config.rows, config.slots, config.max_new_tokens)
+    evaluator = Evaluator(loaded.params, loaded.cfg, loaded.tokenizer, loaded.compute, subject.mesh, sizes)
+    left_out: dict[str, UserError] = {}
+    tasks = {name: (spec, open_task(spec)) for name, spec in task_specs(config.tasks).items()}
+    for name, (spec, task) in tasks.items():
+        asked = {"spec": spec, "limit": config.examples, "max_new_tokens": config.max_new_tokens}
+        if results.get(name, {}).get("asked") == asked and not config.force:
+            continue
+        try:
+            examples = list(task.examples("test")[: config.examples or None])
+        except UserError as error:
+            left_out[name] = error
+            print(f"\n{name} is left out: {error}")
+            continue
+        with tqdm(desc=name, unit="example", total=len(examples), disable=None) as bar:
+            results[name] = {"asked": asked, **to_json(evaluator.evaluate(task, examples, bar.update))}
+        yield {
+            "tasks": results,
+            "chatcore": chatcore(results),
+            "mean_centred": sum(result["centred"] for result in results.values()) / len(results),
+            "compilations": evaluator.compilations,
+            "seconds": round(sum(result["seconds"] for result in results.values()), 2),
+        }
+    if len(left_out) == len(tasks):
+        raise UserError(f"none of the tasks could be measured: {', '.join(left_out)}; see above")
+
+
+def task_specs(text: str) -> dict[str, str]:
+    """The spec of each task by its name; of several of one name the last."""
+    specs = [spec for part in text.split(",") for spec in (CHATCORE if part == "chatcore" else [part])]
+    return {spec.partition("=")[0]: spec for spec in specs}
+
+
+def show_chat(result: dict[str, Any]) -> None:
+    print(f"{'task':15}{'kind':13}{'accuracy':>9}{'95 % interval':>16}{'baseline':>10}{'examples':>10}{'seconds':>9}")
+    for name, task in result["tasks"].items():
+        low, high = task["interval"]
+        print(
+            f"{name:15}{task['kind']:13}{task['accuracy']:8.1%}{f'{low:.1%} – {high:.1%}':>17}"
+            f"{task['baseline']:10.0%}{task['examples']:10,}{task['seconds']:9.1f}"
+        )
+        if task["too_long"]:
+            print(f"{'':15}{task['too_long']:,} prompts fill the context and count as wrong")
+    mean = f"mean of {len(result['tasks'])} tasks, guessing at 0 and perfection at 1: {result['mean_centred']:.4f}"
+    print(f"\n{mean if result['chatcore'] is None else f'ChatCORE {result["chatcore"]:.4f}; {mean}'}")
+    compiled = result["compilations"]
+    print(f"programs compiled: {compiled['categorical']} to choose letters, {compiled['engine']} to sample answers")
+
+
 class Suite(NamedTuple):
-    measure: Callable[[Subject], dict[str, Any]]
+    """Measure, given the last result for this checkpoint, and yield what is new, more complete each time; show it."""
+
+    measure: Callable[[Subject, dict[str, Any]], Iterator[dict[str, Any]]]
     show: Callable[[dict[str, Any]], None]
 
 
-SUITES = {"bpb": Suite(measure_bpb, show_bpb), "sample": Suite(write_samples, show_samples)}
+SUITES = {
+    "bpb": Suite(measure_bpb, show_bpb),
+    "sample": Suite(write_samples, show_samples),
+    "chat": Suite(measure_chat, show_chat),
+}
 
 
 def main(config: Config) -> dict[str, Any]:
     """Measure, print, store and return."""
-    names = config.suite.split(",")
-    if unknown := set(names) - set(SUITES):
-        raise UserError(f"unknown suite {sorted(unknown)[0]!r}; choose from {', '.join(SUITES)}")
-    if config.rows < 1:
-        raise UserError(f"rows={config.rows} must be at least 1")
     mesh = sharding.make_mesh()
     loaded = load_model(config.checkpoint, step=config.step, mesh=mesh)
-    train, val = (
-        open_split(config.data, split, tokenizer_sha256=loaded.tokenizer.sha256, sequence_len=loaded.cfg.sequence_len)
-        for split in ("train", "val")
-    )
     path = config.checkpoint / "evaluation.json"
-    identity = {"step": loaded.step, "data": val.manifest.fingerprint, "recipe": loaded.stored.recipe}
+    identity = {"step": loaded.step, "fingerprint": loaded.stored.fingerprint}
     suites = _stored(path, identity)
-    print(f"{config.checkpoint}, step {loaded.step:,}, on {config.data}")
-    for name in names:
-        if name in suites and not config.force:
-            print(f"\n{name}: measured before on this checkpoint and data (--force repeats it)")
-        else:
-            started = time.perf_counter()
-            suites[name] = SUITES[name].measure(Subject(config, mesh, loaded, train, val))
-            suites[name]["seconds"] = round(time.perf_counter() - started, 2)
-            print(f"\n{name}: took {suites[name]['seconds']:.1f} s")
-        SUITES[name].show(suites[name])
     evaluation = {"config": to_json(config), **identity, "suites": suites}
+    print(f"{config.checkpoint}, step {loaded.step:,}{f', on {config.data}' if config.data else ''}")
+    for name in config.suites:
+        note = "measured before on this checkpoint (--force repeats it), "
+        for result in SUITES[name].measure(Subject(config, mesh, loaded), suites.get(name, {})):
+            suites[name], note = result, ""
+            write_json(path, evaluation)
+        print(f"\n{name}: {note}took {suites[name]['seconds']:.1f} s")
+        SUITES[name].show(suites[name])
     write_json(path, evaluation)
     return evaluation
 
 
 def _stored(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Suites already measured on the very same checkpoint and data; what cannot be read is measured again."""
+    """Suites already measured on the very same checkpoint; what cannot be read is measured again."""
     try:
         stored = json.loads(path.read_text())
-        return stored["suites"] if all(stored[key] == value for key, value in identity.items()) else {}
+        return dict(stored["suites"]) if all(stored[key] == value for key, value in identity.items()) else {}
     except (OSError, ValueError, KeyError):
         return {}
 

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +72,7 @@ class RunConfig:
     micro_batch: int = 0
     """Rows that one device computes at a time; 0 for the largest divisor of its share up to 32."""
     eval_every: int = 250
-    """Steps between two measurements of validation bits per byte; 0 for the end only."""
+    """Steps between two measurements on what is held out; 0 for the end only."""
     sample_every: int = 0
     """Steps between two looks at samples; 0 for the end only."""
     save_every: int = 500
@@ -117,7 +117,7 @@ class Stage:
     compute: Compute
     measure: Callable[[jax.sharding.Mesh], list[Hook]]  # before a checkpoint is saved, which keeps what they find
     look: list[Hook]  # after it
-    rollout: Rollout | None = None  # turns what `batches` gives into what is learnt from
+    rollout: Rollout | None = None  # turns what `batches` gives into what is learnt from; no rates are logged then
 
 
 def micro_batches(rows_per_step: int, run: RunConfig, mesh: jax.sharding.Mesh) -> int:
@@ -179,7 +179,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
                 measured.setdefault(step, {}).update(values)
                 return values
 
-            return Hook(hook.every, run_hook)
+            return replace(hook, run=run_hook)
 
         def save(step: int, train_state: state.TrainState) -> dict[str, float]:
             meta = {"stage": stage.name, "recipe": recipe, "records": step * stage.rows_per_step}
@@ -187,14 +187,12 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
             checkpoints.save(step, train_state, meta=meta, tokenizer=tokenizer, metrics=measured.get(step))
             return {}
 
-        peak, _ = peak_flops(stage.compute.dtype)
-        tokens = stage.rows_per_step * stage.cfg.sequence_len
-        units = Units(tokens, tokens * stage.cfg.flops_per_token(), peak * jax.device_count())
+        units = None if stage.rollout else _units(stage)
         wandb = {"project": run.wandb, "name": run.out.name, "config": to_json(command)} if run.wandb else None
         device = mesh.devices.flat[0].device_kind
         print(f"{'going on from' if start else 'starting at'} step {start:,} on {mesh.size} × {device}")
         train_step, batches = _steps(stage, like, mesh, start, accumulate)
-        with MetricsLog(run.out, step=start, wandb=wandb) as log:
+        with MetricsLog(run.out, step=start or -1, wandb=wandb) as log:  # what is measured at step 0 is measured anew
             train_state = fit(
                 train_state,
                 train_step,
@@ -207,6 +205,12 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
                 stop=stop,
             )
     return train_state, mesh
+
+
+def _units(stage: Stage) -> Units:
+    peak, _ = peak_flops(stage.compute.dtype)
+    tokens = stage.rows_per_step * stage.cfg.sequence_len
+    return Units(tokens, tokens * stage.cfg.flops_per_token(), peak * jax.device_count())
 
 
 def validation_hook(

@@ -25,6 +25,7 @@ TASKS: dict[str, Callable[[str], Task]] = {
     "spelling": spelling.spelling_task,
     "counting": spelling.counting_task,
     "arithmetic": arithmetic.task,
+    "mental-arithmetic": arithmetic.mental_task,
     "identity": partial(_topics, "identity"),
     "refusals": partial(_topics, "refusals"),
 }

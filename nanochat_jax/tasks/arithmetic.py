@@ -1,6 +1,7 @@
 """Arithmetic with the calculator: made up without end, with pairs of operands kept apart for testing."""
 
 import random
+from functools import partial
 
 from nanochat_jax.chat import Part, conversation
 from nanochat_jax.data.rows import is_held_out
@@ -25,7 +26,18 @@ def task(argument: str) -> Task:
     return Task("arithmetic", "generative", generated("arithmetic", example), judge)
 
 
-def example(split: str, rng: random.Random) -> Example:
+def mental_task(argument: str) -> Task:
+    """The same questions, answered at once: as people write it down, and as a small model cannot do it.
+
+    A model that has learnt both ways from examples is one for reinforcement learning: only one of them pays.
+    """
+    check_no_argument("mental-arithmetic", argument)
+    return Task(
+        "mental-arithmetic", "generative", generated("mental-arithmetic", partial(example, at_once=True)), judge
+    )
+
+
+def example(split: str, rng: random.Random, at_once: bool = False) -> Example:
     while True:
         operator = rng.choice("+-*/")
         low, high = (2, LARGEST[operator]) if operator in "*/" else (0, LARGEST[operator])
@@ -38,12 +50,9 @@ def example(split: str, rng: random.Random) -> Example:
     question = rng.choice(QUESTIONS).format(f"{a} {rng.choice(WORDS[operator])} {b}")
     expression = f"{a}{operator}{b}"
     result = calculate(expression) or ""
-    answer: list[Part] = [
-        {"type": "python", "text": expression},
-        {"type": "python_output", "text": result},
-        {"type": "text", "text": f"The answer is {result}."},
-    ]
-    return Example(conversation(question, answer), result)
+    call: list[Part] = [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
+    said: list[Part] = [{"type": "text", "text": f"The answer is {result}."}]
+    return Example(conversation(question, said if at_once else call + said), result)
 
 
 def judge(example: Example, answer: str) -> bool:
