@@ -112,7 +112,8 @@ class Phrases:
         self._ends: list[set[int]] = [set()]  # numbers of the phrases that are complete in a state
         self._known: dict[tuple[frozenset[int], str], int] = {}
         self._words: set[str] = set()  # on any edge
-        self._step = lru_cache(maxsize=1 << 16)(self._new_step)  # few of the possible sets of states ever come up
+        self._step = lru_cache(maxsize=1 << 12)(self._new_step)  # few of the possible sets of states ever come up
+        self._tests = lru_cache(maxsize=1 << 12)(self._new_tests)
         self.longest = 0  # words that a match can have
 
     def add(self, phrase: list[Item], number: int) -> None:
@@ -148,10 +149,11 @@ class Phrases:
                     self._connect(states, inner, between)
                     states = frozenset({between}) | (states if inner.optional else frozenset())
 
-    def _tests(self, word: Word) -> frozenset[str]:
-        forms = {word.translate(DIGITS) for word in word.readings}
-        stems = {f"{reading[:n]}*" for reading in word.readings for n in range(1, len(reading) + 1)}
-        return frozenset(self._words & (word.readings | forms | stems | {ANY}))
+    def _new_tests(self, forms: frozenset[str]) -> frozenset[str]:
+        """The words on edges that a word with these readings may follow."""
+        numbers = {form.translate(DIGITS) for form in forms}
+        stems = {f"{form[:n]}*" for form in forms for n in range(1, len(form) + 1)}
+        return frozenset(self._words & (forms | numbers | stems | {ANY}))
 
     def _new_step(self, states: frozenset[int], tests: frozenset[str]) -> tuple[frozenset[int], frozenset[int], bool]:
         to = frozenset(end for state in states for test in tests for end in self._edges[state].get(test, ()))
@@ -163,7 +165,7 @@ class Phrases:
         for i in range(begin, len(words)):
             if i > begin and words[i].begins_sentence:
                 return found
-            states, ended, going_on = self._step(states, self._tests(words[i]))
+            states, ended, going_on = self._step(states, self._tests(words[i].readings))
             found |= dict.fromkeys(ended, i + 1 - begin)
             if not going_on:
                 return found

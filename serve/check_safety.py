@@ -98,8 +98,11 @@ def main(config: Config) -> dict[tuple[str, str], Score]:
     """Print what the policy finds."""
     policy = load_policy(config.policy)
     if config.text is not None:
-        for finding in policy.find(config.text, config.role):
+        findings = policy.find(config.text, config.role)
+        for finding in findings:
             print(f"{finding.action}: {finding.category}: {config.text[slice(*finding.span)]!r}\n  {finding.say}")
+        if not findings:
+            print("nothing found")
     if config.prompts is None:
         return {}
     prompts = load_prompts(config.prompts, config.part)

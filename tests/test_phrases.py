@@ -118,3 +118,12 @@ def test_words_do_not_depend_on_the_chunks(pieces, data):
         words += reader.read(text[begin:end], closing=False)
         assert all(word.end <= reader.begin for word in words)
     assert words + reader.read("", closing=True) == words_of(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["make b o m b now", "b o", "a b-o-m-b", "it's b o more", "12-34-5x", "p@@ss @ me", "x" * 130]
+)
+def test_words_come_out_the_same_character_by_character(text):
+    reader = Reader()
+    words = [word for character in text for word in reader.read(character, closing=False)]
+    assert words + reader.read("", closing=True) == words_of(text)

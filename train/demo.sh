@@ -43,7 +43,7 @@ else
   # RL finds out.
   mix="task:spelling#20000,task:counting#1500,task:arithmetic#4000,task:mental-arithmetic#4000,task:identity*14"
   mix="$mix,task:refusals*10,chatterbot,chitchat*0.2" sft_steps=1000
-  pair_tasks=spelling,counting,identity,refusals pair_examples=500 dpo_steps=30
+  pair_tasks=arithmetic pair_examples=300 dpo_steps=16
   rl_task=arithmetic rl_steps=24
   chat_examples=150
   setup=120 tokenizer=20 prepare=20 pretrain=450 evaluate=40 sample=30 sft=680 pairs=60 dpo=90 rl=120 judge=35 chat=20 report=30
@@ -119,7 +119,7 @@ stage pairs "$pairs" "answers of the model's own, a right one and a wrong one to
   --max-new-tokens 64 --out "$run/pairs.jsonl"
 stage dpo "$dpo" "learn to prefer the right ones" \
   "$python" -m train.dpo --checkpoint "$run/sft" --run.out "$run/dpo" --pairs "jsonl:$run/pairs.jsonl" \
-  --steps "$dpo_steps"
+  --steps "$dpo_steps" --run.eval-every 8
 judge dpo
 stage rl "$rl" "learn from what earns a reward" \
   "$python" -m train.rl --checkpoint "$run/dpo" --run.out "$run/rl" --task "$rl_task" --steps "$rl_steps" \
