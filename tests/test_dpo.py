@@ -71,6 +71,8 @@ def test_it_learns_what_is_preferred(whole):
     assert [step for step, _ in accuracy] == [0, 4, 8] and accuracy[-1][1] >= 0.9
     assert margin[-1][1] > margin[1][1] > 0
     assert logged(whole, "margin")[-1][1] > 0 and logged(whole, "accuracy")[-1][1] >= 0.9
+    [*_, last] = [record for record in read_metrics(whole) if "tokens_per_second" in record]
+    assert last["tokens_per_second"] * last["seconds_per_step"] == pytest.approx(16 * 2 * 64)
 
 
 def test_the_stored_reference_is_what_the_start_thinks(tiny_base, pairs, whole):

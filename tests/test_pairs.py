@@ -33,7 +33,9 @@ def question() -> Question:
     return Question(task, replace(task.examples("train")[0], conversation=conversation("2 + 3?", "It is 5.")), 0)
 
 
-def given(tok: Tokenizer, question: Question, *parts: str | dict, end: bool = True, is_right: bool = False) -> Answer:
+def given(
+    tok: Tokenizer, question: Question, *parts: str | dict, end: bool = True, is_right: bool = False, logp: float = -1
+) -> Answer:
     """An answer of these parts, text and calls sampled, outputs forced."""
     tokens, sampled = [], []
     for part in parts:
@@ -43,7 +45,7 @@ def given(tok: Tokenizer, question: Question, *parts: str | dict, end: bool = Tr
         sampled += [part["type"] != "python_output"] * len(ids)
     if end:
         tokens, sampled = [*tokens, tok.control["<|assistant_end|>"]], [*sampled, True]
-    output = Output(0, tuple(tokens), tuple(sampled), (0.0,) * len(tokens), "stop" if end else "length")
+    output = Output(0, tuple(tokens), tuple(sampled), (logp,) * len(tokens), "stop" if end else "length")
     return Answer(render_prompt(question.example.prompt, tok), output, "", is_right)
 
 
@@ -89,6 +91,8 @@ def test_right_is_chosen_and_wrong_rejected(tok, question):
     assert made(tok, question, *wrong, gold=False)[0] == []
     found, _ = made(tok, question, *right, *wrong[:2], per_question=2)
     assert found == [("right 0", "wrong 0"), ("right 1", "wrong 1")]
+    likely = given(tok, question, "right 9", is_right=True, logp=-0.5)
+    assert made(tok, question, *right, likely, *wrong)[0] == [("right 9", "wrong 0")]
     found, _ = made(tok, question, *right[:1], *wrong, per_question=2)
     assert found == [("right 0", "wrong 0"), ("right 0", "wrong 1")]
 

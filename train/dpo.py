@@ -144,6 +144,7 @@ def main(config: Config) -> TrainState:
         compute=compute,
         measure=lambda _: [preference_hook(config, score, part) for part in with_reference()[1:]],
         look=[],
+        tokens_per_row=rows[0].tokens_P2T[0].size,
     )
     return run_stage(stage, config.run, config)[0]
 

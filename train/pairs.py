@@ -9,6 +9,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import jax
@@ -102,7 +103,8 @@ def pairs_of(
 ) -> list[dict[str, object]]:
     """Pairs of one question's answers, each with another chosen or another rejected one, and counted."""
     said: dict[bool, list[list[Part]]] = {True: [], False: []}  # by whether it is right
-    for one in answers:
+    # The likeliest first: what was right by luck is seldom the model's first choice.
+    for one in sorted(answers, key=lambda one: -sum(compress(one.output.logprobs, one.output.sampled))):
         parts = usable_parts(question, one, tokenizer)
         if parts is None:
             count["unusable"] += 1

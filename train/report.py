@@ -1,146 +1,184 @@
 """Put what a run left behind on one page: report.html with curves, and report.md.
 
     python -m train.report --run runs/demo
+    python -m train.report --run runs/demo --compare runs/quick --dollars-per-hour 0.4
 
-Whatever is missing is left out, and named at the end of the page.
+Stages that were not run are left out; what is missing of one that was is named at the end of the page.
 """
 
 import importlib.metadata
-import json
-import math
 import os
 import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from nanochat_jax.checkpoint import Checkpoints
+from nanochat_jax.chat import Conversation, content_parts, visible_text
 from nanochat_jax.config import from_json
 from nanochat_jax.errors import UserError
-from nanochat_jax.eval.report import Block, Code, Curves, Table, Text, series, to_html, to_markdown
+from nanochat_jax.eval import report as page
+from nanochat_jax.eval.report import Answer, Block, Code, Curves, Exchange, Table, Text, flat, side_by_side
 from nanochat_jax.files import write_bytes
-from nanochat_jax.metrics import read_metrics
-from train import cli, evaluate, prepare, pretrain, tokenizer
+from train import cli, dpo, evaluate, prepare, pretrain, results, rl, sft, tokenizer
+from train.runs import Run, StageRun, gather
 
-CURVES = {
-    "Loss, nats per token": {"loss": "training", "val_loss": "validation"},
-    "Validation bits per byte": {"val_bpb": "this model"},
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+
+Plots = dict[str, dict[str, str]]  # title → pattern of metrics' names → label, which may refer to the pattern's groups
+
+RATES: Plots = {
     "Gradient norm": {"grad_norm": ""},
     "Throughput, tokens per second": {"tokens_per_second": ""},
     "MFU, share of the device's peak": {"mfu": ""},
 }
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
+LANGUAGE: Plots = {
+    "Loss, nats per token": {"loss": "training", "val_loss": "validation"},
+    "Validation bits per byte": {"val_bpb": "this model"},
+    **RATES,
+}
+PREFERENCE: Plots = {
+    "Loss": {"loss": "training", "val_loss": "validation"},
+    "Margin of chosen over rejected, nats": {"margin": "training", "val_margin": "validation"},
+    "Share of pairs in the right order": {"accuracy": "training", "val_accuracy": "validation"},
+    "Chosen answers, nats per token": {"chosen_nats": "training", "val_chosen_nats": "validation"},
+    **RATES,
+}
+REWARD: Plots = {
+    "Reward, mean of the sampled answers": {"reward": ""},
+    "Share of held-out questions answered rightly": {"val_accuracy": "greedy", r"val_pass_at_(\d+)": r"pass@\1"},
+    "Share of questions with right and wrong answers": {"mixed": ""},
+    "Length of the sampled answers, tokens": {"answer_tokens": ""},
+    "Surprise, nats per sampled token": {"nats": ""},
+    "Divergence from the start, nats per token": {"kl": ""},
+    "Sampling, tokens per second": {"sampled_tokens_per_second": ""},
+    **RATES,
+}
 
-Run = dict[str, Any]  # by name in PARTS, what was found in the run's folder; {} for what was not
+
+class Program(NamedTuple):
+    """What makes a stage, and what is drawn of it."""
+
+    title: str
+    module: str  # in train
+    config: type
+    plots: Plots
+
+
+PROGRAMS = {
+    "base": Program("Pretraining", "pretrain", pretrain.Config, LANGUAGE),
+    "sft": Program("Supervised fine-tuning", "sft", sft.Config, LANGUAGE),
+    "dpo": Program("Preference optimisation", "dpo", dpo.Config, PREFERENCE),
+    "rl": Program("Reinforcement learning", "rl", rl.Config, REWARD),
+}
 
 
 @dataclass(frozen=True)
 class Config:
     run: Path
-    """Folder of the run, which holds tokenizer/, data/ and base/."""
+    """Folder of the run, which holds any of tokenizer/, data/, base/, sft/, dpo/ and rl/."""
+    compare: tuple[Path, ...] = ()
+    """Other runs, to be set beside this one."""
+    dollars_per_hour: float | None = None
+    """Price of the machine, to estimate what the run cost."""
+
+    def __post_init__(self) -> None:
+        if self.dollars_per_hour is not None and self.dollars_per_hour <= 0:
+            raise UserError(f"--dollars-per-hour {self.dollars_per_hour} must be positive")
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-PARTS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "tokenizer": ("tokenizer/tokenizer.report.json", _read_json),
-    "tokenizer config": ("tokenizer/tokenizer.config.json", _read_json),
-    "data": ("data/manifest.json", _read_json),
-    "config": ("base/config.json", _read_json),
-    "metrics": ("base/metrics.jsonl", lambda path: read_metrics(path.parent)),
-    "checkpoint": ("base/checkpoints", lambda path: vars(found) if (found := Checkpoints(path).peek()) else {}),
-    "evaluation": ("base/evaluation.json", _read_json),
-}
-
-
-def gather(folder: Path) -> tuple[Run, list[str]]:
-    """What there is of a run, and a note on each part that is missing or cannot be read."""
-    run, notes = {}, []
-    for name, (path, read) in PARTS.items():
-        try:
-            run[name] = read(folder / path)
-        except (OSError, ValueError, UserError) as error:
-            run[name] = {}
-            notes.append(f"{path} cannot be read: {error}")
-        else:
-            notes += [] if run[name] else [f"{path} is missing"]
-    return run, notes
-
-
-def headline(run: Run) -> list[Block]:
-    """The numbers that one looks for first, and the model beside simpler methods."""
-    tiles = []
-    for label, name, reduce, scale in (
-        ("bits per byte in validation", "val_bpb", lambda values: values[-1], 1),
-        ("minutes of training", "seconds_per_step", np.sum, 1 / 60),
-        ("tokens per second, median", "tokens_per_second", np.median, 1),
-        ("MFU in %, median", "mfu", np.median, 100),
-    ):
-        if len(values := series(run["metrics"], name)[1]):
-            tiles.append((label, _number(scale * float(reduce(values)), 4)))
-    if checkpoint := run["checkpoint"]:
-        arrays = [text.split()[0] for name, text in checkpoint["arrays"].items() if name.startswith("params/")]
-        parameters = sum(math.prod(map(int, re.findall(r"\d+", text.partition("[")[2]))) for text in arrays)
-        counts = {"parameters": parameters, "steps": checkpoint["step"]}
-        if records := checkpoint["meta"].get("records"):  # not in converted models
-            counts["tokens seen"] = records * checkpoint["meta"]["recipe"]["model"]["sequence_len"]
-        tiles += [(label, _number(count)) for label, count in counts.items()]
+def headline(run: Run, dollars_per_hour: float | None) -> list[Block]:
+    """The first numbers, and the model beside simpler methods."""
+    tiles = list(results.headline(run, dollars_per_hour).items())
     blocks: list[Block] = [Table(tiles, style="tiles")] if tiles else []
-    if bpb := run["evaluation"].get("suites", {}).get("bpb"):
-        model = next(iter(bpb["bits_per_byte"].values()))
-        rows = [(name, f"{bits:.4f}", f"{bits / model:.2f}×") for name, bits in bpb["bits_per_byte"].items()]
-        held_out = f"The same {bpb['bytes']:,} held-out bytes ({bpb['tokens']:,} tokens)"
-        blocks.append(Text(f"{held_out}, measured at step {run['evaluation']['step']:,}:"))
-        blocks.append(Table(rows, ("", "bits per byte", "against the model"), "numbers"))
+    for stage, found in run.stages.items():
+        if bpb := found.suites.get("bpb"):
+            model = next(iter(bpb["bits_per_byte"].values()))
+            rows = [(name, f"{bits:.4f}", f"{bits / model:.2f}×") for name, bits in bpb["bits_per_byte"].items()]
+            held_out = f"The same {bpb['bytes']:,} held-out bytes ({bpb['tokens']:,} tokens)"
+            blocks.append(Text(f"{held_out}, measured on {stage}, step {found.evaluation['step']:,}:"))
+            blocks.append(Table(rows, ("", "bits per byte", "against the model"), "numbers"))
     return blocks
 
 
-def curves(run: Run) -> list[Block]:
-    bits = run["evaluation"].get("suites", {}).get("bpb", {}).get("bits_per_byte", {})
-    others = dict(list(bits.items())[1:])
-    drawn = [
-        Curves(title, run["metrics"], names, others if "val_bpb" in names else {}) for title, names in CURVES.items()
+def conversations(run: Run) -> list[Block]:
+    """Answers of the last stage that was asked, right and wrong."""
+    name, found = next(((name, stage) for name, stage in reversed(run.stages.items()) if stage.tasks), ("", None))
+    if found is None:
+        return []
+    shown = [
+        Exchange(task, verdict.question, (Answer(verdict.answer, "right" if is_right else "wrong", is_right),))
+        for task, result in found.tasks.items()
+        for verdict in result.samples
+        for is_right in [verdict.is_right]
     ]
-    return [block for block in drawn if any(len(series(block.records, name)[0]) for name in block.metrics)]
+    return [Text(f"After {name}, of each task the first right answer and the first wrong one:"), *shown]
 
 
-def samples(run: Run) -> list[Block]:
-    found = run["evaluation"].get("suites", {}).get("sample", {}).get("samples", [])
-    return [Code(sample["text"], prompt=sample["prompt"]) for sample in found]
+def pairs(run: Run) -> list[Block]:
+    """How many pairs there are of each task, and the first of them."""
+    blocks: list[Block] = [Table([(task, f"{count:,}") for task, (count, _) in run.pairs.items()], style="numbers")]
+    for task, (_, pair) in run.pairs.items():
+        answers = (Answer(_said(pair.chosen), "chosen", True), Answer(_said(pair.rejected), "rejected", False))
+        blocks.append(Exchange(task, visible_text(content_parts(pair.prompt["messages"][-1])), answers))
+    return blocks if run.pairs else []
 
 
-def tables(*names: str) -> Callable[[Run], list[Block]]:
-    return lambda run: [Table(flat(run[name])) for name in names if run[name]]
+def _said(conversation: Conversation) -> str:
+    """The last message, with its calls of tools and what came of them."""
+    forms = {"text": "{}", "python": "⟨{}⟩", "python_output": " = {}\n"}
+    return "".join(forms[part["type"]].format(part["text"]) for part in content_parts(conversation["messages"][-1]))
 
 
-def architecture(run: Run) -> list[Block]:
-    recipe = run["checkpoint"]["meta"]["recipe"] if run["checkpoint"] else {}
-    rows = flat({name: recipe[name] for name in ("model", "horizon", "optim") if name in recipe})
-    return [Table(rows)] if rows else []
+def stage_section(name: str, stage: StageRun) -> list[Block]:
+    """Curves of what a stage logged, and what it writes."""
+    bits = stage.suites.get("bpb", {}).get("bits_per_byte", {})
+    logged = sorted({metric for record in stage.metrics for metric, value in record.items() if value is not None})
+    blocks: list[Block] = []
+    for title, patterns in PROGRAMS[name].plots.items():
+        found = [(re.fullmatch(pattern, metric), label) for pattern, label in patterns.items() for metric in logged]
+        metrics = {match[0]: match.expand(label) for match, label in found if match}
+        levels = dict(list(bits.items())[1:]) if "val_bpb" in metrics else {}
+        blocks += [Curves(title, name, stage.metrics, metrics, levels)] if metrics else []
+    samples = stage.suites.get("sample", {}).get("samples", [])
+    return [*blocks, *(Code(sample["text"], prompt=sample["prompt"]) for sample in samples)]
 
 
-def commands(folder: Path, run: Run) -> list[Block]:
+def settings(run: Run) -> dict[str, list[Block]]:
+    """Tables of what was chosen and of what that came to, stage beside stage."""
+    parts = ("model", "horizon", "optim")
+    recipes = {
+        name: flat({part: stage.recipe[part] for part in parts if part in stage.recipe})
+        for name, stage in run.stages.items()
+    }
+    configs = {name: flat(stage.config) for name, stage in run.stages.items()}
+    return {
+        "Model and horizon": [side_by_side(recipes)] if any(recipes.values()) else [],
+        "Configuration": [side_by_side(configs)] if any(configs.values()) else [],
+        "Data": [Table(list(flat(run.data).items()))] if run.data else [],
+        "Tokenizer": [Table(list(flat(run.tokenizer).items()))] if run.tokenizer else [],
+    }
+
+
+def commands(run: Run, config: Config) -> list[Block]:
     """The commands that made the run, from the configs that its stages left."""
-    model, data = folder / "tokenizer" / "tokenizer.model", run["data"]
-    learnt = {name: value for name, value in run["tokenizer config"].items() if name != "corpus"}
+    model, data = run.folder / "tokenizer" / "tokenizer.model", run.data
+    learnt = {name: value for name, value in run.tokenizer_config.items() if name != "corpus"}
     prepared = {field.name: data[field.name] for field in fields(prepare.Config) if field.name in data}
-    stages = (
+    made: list[tuple[str, type, dict[str, Any]]] = [
         ("tokenizer", tokenizer.Config, learnt and {**learnt, "out": model}),
-        ("prepare", prepare.Config, prepared and {**prepared, "tokenizer": model, "out": folder / "data"}),
-        ("pretrain", pretrain.Config, run["config"]),
-        ("evaluate", evaluate.Config, run["evaluation"].get("config")),
-        ("report", Config, {"run": folder}),
-    )
-    return [Code(command_line(stage, cls, values)) for stage, cls, values in stages if values]
+        ("prepare", prepare.Config, prepared and {**prepared, "tokenizer": model, "out": run.folder / "data"}),
+    ]
+    for name, stage in run.stages.items():
+        made.append((PROGRAMS[name].module, PROGRAMS[name].config, stage.config))
+        made.append(("evaluate", evaluate.Config, stage.evaluation.get("config", {})))
+    made.append(("report", Config, {field.name: getattr(config, field.name) for field in fields(config)}))
+    return [Code(command_line(stage, cls, values)) for stage, cls, values in made if values]
 
 
 def command_line(stage: str, cls: type, values: dict[str, Any]) -> str:
@@ -164,7 +202,7 @@ def _flags(config: Any, usual: Any, prefix: str) -> Iterator[str]:
             yield from (f"--{prefix}{name}", *map(str, value if isinstance(value, tuple) else [value]))
 
 
-def environment(run: Run) -> list[Block]:
+def environment() -> list[Block]:
     """Of the machine that makes the report, which is mostly the one that trained."""
     rows = [("Python", platform.python_version())]
     rows += [(name, importlib.metadata.version(name)) for name in PACKAGES]
@@ -183,54 +221,43 @@ def environment(run: Run) -> list[Block]:
     return [Table([*rows, ("system", platform.platform()), ("git commit", commit)])]
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Rows (dotted name, value) of nested settings."""
-    rows = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{name}.")
-        else:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            rows.append((prefix + name, _number(value) if number else str(value)))
-    return rows
-
-
-def _number(value: float, digits: int = 6) -> str:
-    """Integers and what is as large in full, others to a few digits."""
-    whole = isinstance(value, int) or abs(value) >= 10 ** (digits - 1) or value.is_integer()
-    return f"{value:,.0f}" if whole else f"{value:,.{digits}g}"
-
-
-SECTIONS: dict[str, Callable[[Run], list[Block]]] = {
-    "Results": headline,
-    "Training": curves,
-    "Samples": samples,
-    "Model and horizon": architecture,
-    "Data": tables("data"),
-    "Tokenizer": tables("tokenizer"),
-    "Configuration of pretraining": tables("config"),
-    "Environment": environment,
-}
-
-
 def main(config: Config) -> dict[str, Path]:
     """Write both files; returns their paths by kind."""
-    run, notes = gather(config.run)
-    if not any(run.values()):
-        raise UserError(f"{config.run} holds nothing of a run ({', '.join(path for path, _ in PARTS.values())})")
-    sections = {name: section(run) for name, section in SECTIONS.items()}
-    sections["Commands"] = commands(config.run, run)
-    sections["Missing"] = [Text(note) for note in notes]
+    run, others = gather(config.run), [gather(folder) for folder in config.compare]
+    asked = results.task_table(run)
+    beside = results.compare([run, *others], config.dollars_per_hour)
+    notes = run.notes + [f"{other.folder}: {note}" for other in others for note in other.notes]
+    sections: dict[str, list[Block]] = {
+        "Results": headline(run, config.dollars_per_hour),
+        "Tasks": [Text(ASKED), asked] if asked else [],
+        "Beside other runs": [beside] if others else [],
+        "Conversations": conversations(run),
+        **{f"{PROGRAMS[name].title} ({name})": stage_section(name, stage) for name, stage in run.stages.items()},
+        "Preference pairs": pairs(run),
+        "Time": [results.times(run, config.dollars_per_hour), Text(UNCOUNTED)] if run.stages else [],
+        **settings(run),
+        "Environment": environment(),
+        "Commands": commands(run, config),
+        "Missing": [Text(note) for note in notes],
+    }
     title = f"nanochat-jax: {config.run.resolve().name}"
     paths = {"html": config.run / "report.html", "md": config.run / "report.md"}
-    write_bytes(paths["html"], to_html(title, sections).encode())
-    write_bytes(paths["md"], to_markdown(title, sections).encode())
+    write_bytes(paths["html"], page.to_html(title, sections).encode(errors="replace"))
+    write_bytes(paths["md"], page.to_markdown(title, sections).encode(errors="replace"))
     for note in notes:
-        print(f"left out: {note}")
-    for name, result in run["evaluation"].get("suites", {}).items():
-        evaluate.SUITES[name].show(result)
+        print(f"note: {note}")
+    for stage in run.stages.values():
+        for name, result in stage.suites.items():
+            if name != "chat":
+                evaluate.SUITES[name].show(result)
+    for block in sections["Tasks"] + sections["Beside other runs"]:
+        print(f"\n{block.plain()}")
     print("report: " + ", ".join(map(str, paths.values())))
     return paths
+
+
+ASKED = "Held-out questions answered rightly, with 95 % intervals:"
+UNCOUNTED = "Compilation, saving and what is measured during training come on top: no log has their time."
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ class Stage:
     measure: Callable[[jax.sharding.Mesh], list[Hook]]  # before a checkpoint is saved, which keeps what they find
     look: list[Hook]  # after it
     rollout: Rollout | None = None  # turns what `batches` gives into what is learnt from; no rates are logged then
+    tokens_per_row: int | None = None  # default: the model's sequence length
 
 
 def micro_batches(rows_per_step: int, run: RunConfig, mesh: jax.sharding.Mesh) -> int:
@@ -209,7 +210,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
 
 def _units(stage: Stage) -> Units:
     peak, _ = peak_flops(stage.compute.dtype)
-    tokens = stage.rows_per_step * stage.cfg.sequence_len
+    tokens = stage.rows_per_step * (stage.tokens_per_row or stage.cfg.sequence_len)
     return Units(tokens, tokens * stage.cfg.flops_per_token(), peak * jax.device_count())
 
 

@@ -1,4 +1,4 @@
-"""Pages of text, tables and curves, written twice: as one self-contained HTML file and as Markdown.
+"""Pages of text, tables, curves and conversations, written twice: as one self-contained HTML file and as Markdown.
 
 Curves are inline SVG whose colours are CSS variables, so that they follow the reader's light or dark theme; Markdown
 does without them. All text is escaped: samples of a model may hold anything.
@@ -19,22 +19,27 @@ from matplotlib.figure import Figure
 MAX_POINTS = 800  # of a curve: a page should stay small however long the run
 
 # Stand-ins that matplotlib accepts as colours, and the CSS variables that replace them in the finished SVG.
-INK, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"
-VARIABLES = {INK: "var(--ink)", GRID: "var(--line)", FIRST: "var(--first)", SECOND: "var(--second)"}
+INK, GRID, *SERIES = "#010101", "#020202", "#030303", "#040404", "#050505"
+NAMES = ("ink", "line", "first", "second", "third")
+VARIABLES = {stand_in: f"var(--{name})" for stand_in, name in zip((INK, GRID, *SERIES), NAMES, strict=True)}
 STYLE: Any = {
     "svg.fonttype": "none", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID,
     "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID, "grid.linewidth": 0.5,
     "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False,
+    "text.parse_math": False,
 }  # fmt: skip
 
 
 class Block:
-    """A piece of a page; what has no Markdown is left out there."""
+    """A piece of a page; what has no Markdown, or nothing for a terminal, is left out there."""
 
     def html(self) -> str:
         raise NotImplementedError
 
     def markdown(self) -> str:
+        return ""
+
+    def plain(self) -> str:
         return ""
 
 
@@ -46,7 +51,10 @@ class Text(Block):
         return f"<p>{html.escape(self.text)}</p>"
 
     def markdown(self) -> str:
-        return _plain(self.text)
+        return _escaped(self.text)
+
+    def plain(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,36 @@ class Code(Block):
         return f"<pre><b>{html.escape(self.prompt)}</b>{html.escape(self.text)}</pre>"
 
     def markdown(self) -> str:
-        text = self.prompt + self.text
-        fence = "`" * max([2, *map(len, re.findall("`+", text))]) + "`"
-        return f"{fence}text\n{text}\n{fence}"
+        return _fenced(self.prompt + self.text)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said, the word for what became of it, and whether that is good."""
+
+    text: str
+    mark: str
+    is_good: bool
+
+
+@dataclass(frozen=True)
+class Exchange(Block):
+    """A question and answers to it."""
+
+    title: str
+    question: str
+    answers: tuple[Answer, ...]
+
+    def html(self) -> str:
+        lines = [f"<small>{html.escape(self.title)}</small><p>{html.escape(self.question)}</p>"]
+        for answer in self.answers:
+            mark = f"<b>{html.escape(answer.mark)}</b> "
+            lines.append(f'<p class="{"good" if answer.is_good else "bad"}">{mark}{html.escape(answer.text)}</p>')
+        return f'<div class="exchange">{"".join(lines)}</div>'
+
+    def markdown(self) -> str:
+        lines = [f"{self.title}: {self.question}", *(f"{answer.mark}: {answer.text}" for answer in self.answers)]
+        return _fenced("\n".join(lines))
 
 
 @dataclass(frozen=True)
@@ -72,22 +107,41 @@ class Table(Block):
     style: str = ""  # CSS class: numbers are aligned to the right, tiles make a headline of each row
 
     def html(self) -> str:
-        rows = [*([self.header] if any(self.header) else []), *self.rows]
-        lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+        lines = [_row("th", self.header)] if any(self.header) else []
+        lines += [_row("td", row) for row in self.rows]
         return f'<div class="wide"><table class="{self.style}">{"".join(lines)}</table></div>'
 
     def markdown(self) -> str:
-        lines = [self.header, ("---",) * len(self.header), *(map(_plain, row) for row in self.rows)]
+        lines = [map(_escaped, self.header), ["---"] * len(self.header), *(map(_escaped, row) for row in self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def plain(self) -> str:
+        rows = [self.header, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+        return "\n".join(
+            "  ".join([row[0].ljust(widths[0]), *line[1:]]) for row, line in zip(rows, padded, strict=True)
+        )
+
+
+def side_by_side(columns: dict[str, dict[str, str]], style: str = "") -> Table:
+    """A table with a row for each name that any of the columns has; cells without a value stay empty."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [(name, *(column.get(name, "") for column in columns.values())) for name in names]
+    return Table(rows, ("", *columns), style)
 
 
 @dataclass(frozen=True)
 class Curves(Block):
-    """Metrics over the steps of a run: those of every step raw and smoothed, occasional ones as dots."""
+    """Metrics over the steps of a run: those of every step raw and smoothed, occasional ones as dots.
+
+    A metric with others of its name and _low and _high is drawn with these as its interval.
+    """
 
     title: str
+    stage: str  # tells it from another stage's plot of this title
     records: list[dict[str, Any]]  # of metrics.jsonl
-    metrics: dict[str, str]  # name → label; at most two
+    metrics: dict[str, str]  # name → label; at most three
     levels: dict[str, float]  # label → horizontal line to compare with
 
     def html(self) -> str:
@@ -95,23 +149,29 @@ class Curves(Block):
 
     def _svg(self) -> str:
         file = io.StringIO()
-        with matplotlib.rc_context(STYLE | {"svg.hashsalt": self.title}):  # ids of two plots on a page must differ
+        salt = f"{self.stage}: {self.title}"  # ids of two plots on a page must differ
+        with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
             figure = Figure(figsize=(4.6, 2.9), layout="constrained")
             axes = figure.subplots()
             axes.set_xlabel("step")
-            for (name, label), colour in zip(self.metrics.items(), (FIRST, SECOND), strict=False):
+            for (name, label), colour in zip(self.metrics.items(), SERIES, strict=False):
                 steps, values = series(self.records, name)
+                low, high = (series(self.records, name + bound)[1] for bound in ("_low", "_high"))
                 if 2 * len(steps) < len(self.records):
                     axes.plot(steps, values, "o-", color=colour, label=label, markersize=3, linewidth=1.2)
                 else:
                     thin = slice(None, None, len(steps) // MAX_POINTS + 1)
                     axes.plot(steps[thin], values[thin], color=colour, alpha=0.35, linewidth=0.8)
                     axes.plot(steps[thin], smooth(values)[thin], color=colour, label=label, linewidth=1.6)
+                if len(low) == len(high) == len(values):
+                    axes.vlines(steps, low, high, color=colour, alpha=0.6, linewidth=2.5)
             for i, (label, value) in enumerate(self.levels.items()):
                 axes.axhline(value, color=INK, linestyle=("--", ":", "-.")[i % 3], linewidth=0.9, label=label)
-            axes.set_xlim(left=0)
+            last = max(record["step"] for record in self.records)
+            axes.set_xlim(-last / 50, last * 51 / 50)
+            axes.yaxis.set_major_formatter("{x:,.6g}")
             if len(self.metrics) + len(self.levels) > 1:
-                axes.legend(fontsize=8)
+                figure.legend(loc="outside upper left", ncols=4, fontsize=8)
             figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         # Without width and height, the drawing takes those of the page.
         svg = re.sub(r'.*?<svg .*?(viewBox=".*?").*?>', r"<svg \1>", file.getvalue(), count=1, flags=re.DOTALL)
@@ -135,13 +195,40 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _plain(text: str) -> str:
+def _escaped(text: str) -> str:
     """Text in which neither Markdown nor HTML sees mark-up."""
     return html.escape(re.sub(r"([\\`*_|\[\]#~])", r"\\\1", " ".join(text.split())), quote=False)
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings by their dotted names, as text."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            found[prefix + name] = number(value) if is_number else str(value)
+    return found
+
+
+def number(value: float, digits: int = 6) -> str:
+    """Integers and what is as large in full, others to a few digits."""
+    whole = isinstance(value, int) or abs(value) >= 10 ** (digits - 1) or value.is_integer()
+    return f"{value:,.0f}" if whole else f"{value:,.{digits}g}"
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * max([2, *map(len, re.findall("`+", text))]) + "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
 def to_markdown(title: str, sections: dict[str, list[Block]]) -> str:
-    parts = [f"# {_plain(title)}"]
+    parts = [f"# {_escaped(title)}"]
     for name, blocks in sections.items():
         texts = [text for block in blocks if (text := block.markdown())]
         parts += [f"## {name}", *texts] if texts else []
@@ -164,10 +251,10 @@ PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <style>
 :root { --page: #fff; --box: #f4f5f7; --ink: #1c2024; --faint: #5d646c; --line: #d5d9de }
-:root { --first: #1668c7; --second: #d4600c }
+:root { --first: #1668c7; --second: #d4600c; --third: #7a3db8; --good: #1a7f37; --bad: #c62828 }
 @media (prefers-color-scheme: dark) {
   :root { --page: #14171a; --box: #1e2328; --ink: #e4e7ea; --faint: #9aa2ab; --line: #3a4148 }
-  :root { --first: #62a8f5; --second: #f59a52 }
+  :root { --first: #62a8f5; --second: #f59a52; --third: #c495f5; --good: #57c271; --bad: #ff7b72 }
 }
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--page); color: var(--ink) }
 body { font: 16px/1.5 system-ui, sans-serif }
@@ -177,16 +264,25 @@ pre { background: var(--box); padding: .7rem .9rem; border-radius: .4rem; font-s
 pre { white-space: pre-wrap; overflow-wrap: anywhere }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem }
-td { padding: .25rem 1.2rem .25rem 0; vertical-align: top; border-bottom: 1px solid var(--line) }
+td, th { padding: .25rem 1.2rem .25rem 0; vertical-align: top; border-bottom: 1px solid var(--line) }
+th { font-weight: 600; text-align: left }
 td:first-child { color: var(--faint) }
-td + td { overflow-wrap: anywhere }
-.numbers td + td { text-align: right; font-variant-numeric: tabular-nums }
+.numbers td:first-child { white-space: nowrap }
+td + td { overflow-wrap: anywhere; min-width: 6rem }
+.numbers td + td, .numbers th + th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .tiles tbody { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(12rem, 45%), 1fr)); gap: .6rem }
 .tiles, .tiles tbody { width: 100% }
 .tiles tr { display: flex; flex-direction: column-reverse; justify-content: flex-end }
 .tiles tr { background: var(--box); padding: .6rem .8rem; border-radius: .4rem }
 .tiles td { border: 0; padding: 0 }
 .tiles td + td { font-size: 1.4rem; font-weight: 600 }
+.exchange { background: var(--box); padding: .5rem .9rem; border-radius: .4rem; margin: .6rem 0 }
+.exchange p { margin: .15rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
+.exchange small { color: var(--faint) }
+.good { border-left: 3px solid var(--good); padding-left: .6rem }
+.bad { border-left: 3px solid var(--bad); padding-left: .6rem }
+.good b { color: var(--good) }
+.bad b { color: var(--bad) }
 figure { display: inline-block; width: 100%; max-width: 29rem; margin: .8rem .4rem 0 0 }
 figcaption { font-weight: 600; font-size: .9rem }
 svg { width: 100%; height: auto }
