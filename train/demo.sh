@@ -34,7 +34,7 @@ if $quick; then
   depth=2 vocab_size=1024 sequence_len=128 steps=60 batch_tokens=1024
   mix="task:identity*4" sft_steps=60
   pair_tasks=identity pair_examples=80 dpo_steps=5
-  rl_task=identity rl_steps=2
+  rl_tasks=identity rl_steps=2
   chat_examples=10
   setup=120 tokenizer=20 prepare=20 pretrain=60 evaluate=20 sample=20 sft=60 pairs=30 dpo=40 rl=60 judge=40 chat=20 report=20
 else
@@ -44,9 +44,9 @@ else
   mix="task:spelling#20000,task:counting#1500,task:arithmetic#4000,task:mental-arithmetic#4000,task:identity*14"
   mix="$mix,task:refusals*10,chatterbot,chitchat*0.2" sft_steps=1000
   pair_tasks=arithmetic pair_examples=300 dpo_steps=16
-  rl_task=arithmetic rl_steps=24
+  rl_tasks=arithmetic,counting,spelling,identity rl_steps=30 # one task alone would cost the others
   chat_examples=150
-  setup=120 tokenizer=20 prepare=20 pretrain=450 evaluate=40 sample=30 sft=680 pairs=60 dpo=90 rl=120 judge=35 chat=20 report=30
+  setup=120 tokenizer=20 prepare=20 pretrain=450 evaluate=40 sample=30 sft=720 pairs=60 dpo=60 rl=150 judge=25 chat=20 report=30
 fi
 head_dim=64 lr_scale=0.55 # small batches and short runs want higher rates than the scaling law gives
 val_fraction=0.05
@@ -122,9 +122,9 @@ stage dpo "$dpo" "learn to prefer the right ones" \
   --steps "$dpo_steps" --run.eval-every 8
 judge dpo
 stage rl "$rl" "learn from what earns a reward" \
-  "$python" -m train.rl --checkpoint "$run/dpo" --run.out "$run/rl" --task "$rl_task" --steps "$rl_steps" \
-  --prompts-per-step 8 --samples 8 --lr-fraction 0.15 --max-new-tokens 48 --slots 32 \
-  --eval-examples "$chat_examples" --eval-samples 4 --pass-k 4
+  "$python" -m train.rl --checkpoint "$run/dpo" --run.out "$run/rl" --task "$rl_tasks" --steps "$rl_steps" \
+  --prompts-per-step 16 --samples 8 --lr-fraction 0.1 --max-new-tokens 48 --slots 32 \
+  --eval-examples 100 --eval-samples 4 --pass-k 4
 judge rl
 stage chat "$chat" "talk with it" "$python" -m serve.cli --backend.checkpoint "$run/rl" --prompt "${questions[@]}"
 stage report "$report" "curves, numbers and samples on one page" "$python" -m train.report --run "$run"
