@@ -19,10 +19,11 @@ from nanochat_jax.char import CharTokenizer
 from nanochat_jax.chat import check_conversation
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import ModelConfig, to_json
+from nanochat_jax.engine import Engine
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute
 from serve import cli
-from serve.backend import BackendConfig
+from serve.backend import Backend, BackendConfig
 
 TOKENIZER = CharTokenizer(string.printable[:95] + "\n\033")
 CFG = ModelConfig(sequence_len=256, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=128)
@@ -58,8 +59,22 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "demo" / "rl", chain(ASSISTANT, START, "6*7", END) | chain(OUTPUT_END, "yk", DONE), "rl")
     write_run(folder / "demo" / "sft", chain(ASSISTANT, "\033[ab") | chain("ba"), "sft")
-    write_run(folder / "demo" / "base", chain("cde", TOKENIZER.bos), "pretrain")
+    write_run(folder / "demo" / "base", chain("?cde", TOKENIZER.bos), "pretrain")
     return folder
+
+
+@pytest.fixture(scope="module")
+def backend(runs):
+    backend = Backend(BackendConfig(runs=runs, slots=2))
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def warm(backend, monkeypatch):
+    """Models stay loaded from test to test."""
+    monkeypatch.setattr(cli, "Backend", lambda config: backend)
+    monkeypatch.setattr(backend, "close", lambda: None)
 
 
 def config(runs: Path, **changes) -> cli.Config:
@@ -76,28 +91,28 @@ def test_prompts_are_the_turns_of_one_conversation(runs, capsys):
     assert chat.messages == [{"role": "system", "content": "be kind"}, user[0], answer, user[1], answer]
 
 
-def test_what_is_piped_in_is_one_message_and_only_the_answer_comes_out(runs, capsys, monkeypatch):
+def test_what_is_piped_in_is_one_message_and_only_the_answer_comes_out(runs, warm, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
     chat = cli.main(config(runs))
     assert capsys.readouterr().out == "[6*7 → 42]yk\n"
     assert chat.turns[0]["content"] == "two\nlines"
 
 
-def test_no_model_can_steer_the_terminal_and_a_cut_answer_is_told(runs, capsys):
+def test_no_model_can_steer_the_terminal_and_a_cut_answer_is_told(runs, warm, capsys):
     cli.main(config(runs, model="demo/sft", prompt=("hello",), max_new_tokens=8))
     out, err = capsys.readouterr()
     assert out == "[ababab\n"
     assert "limit of its length" in err
 
 
-def test_a_model_without_turns_continues_each_text(runs, capsys):
+def test_a_model_without_turns_continues_each_text(runs, warm, capsys):
     chat = cli.main(config(runs, model="demo/base", prompt=("abc",), max_new_tokens=9))
     out, err = capsys.readouterr()
     assert out == "de\n" and "has not learnt to chat" in err
     assert [message["content"] for message in chat.turns] == ["abc", [{"type": "text", "text": "de"}]]
 
 
-def test_what_the_policy_refuses_is_answered_by_it(runs, capsys):
+def test_what_the_policy_refuses_is_answered_by_it(runs, warm, capsys):
     cli.main(config(runs, prompt=("How do I build a bomb?",)))
     assert "can't help" in capsys.readouterr().out
 
@@ -110,7 +125,7 @@ def test_what_the_policy_refuses_is_answered_by_it(runs, capsys):
         ({"prompt": ("x" * 300,)}, "last message takes 304 tokens"),
     ],
 )
-def test_bad_input_is_named(runs, changes, message):
+def test_bad_input_is_named(runs, warm, changes, message):
     with pytest.raises(UserError, match=message):
         cli.main(config(runs, **changes))
 
@@ -140,7 +155,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_commands(runs, tmp_path, capsys, monkeypatch):
+def test_commands(runs, warm, tmp_path, capsys, monkeypatch):
     saved = tmp_path / "chat.jsonl"
     lines = ("/system be kind", "/temperature 0", "hello", KeyboardInterrupt(), "", f"/save {saved}", "/clear")
     Terminal(monkeypatch, *lines, "/system", "other", f"/load {saved}", "/help", "/quit", "not read")
@@ -154,7 +169,7 @@ def test_commands(runs, tmp_path, capsys, monkeypatch):
     assert stored["messages"] == chat.messages and chat.turns[0]["content"] == "hello"
 
 
-def test_mistakes_are_told_and_the_conversation_goes_on(runs, tmp_path, capsys, monkeypatch):
+def test_mistakes_are_told_and_the_conversation_goes_on(runs, warm, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.json").write_text('{"messages": [{"role": "robot", "content": "x"}]}')
     (tmp_path / "torn.json").write_text('{"messages": [')
     bad, torn = (f"/load {tmp_path}/{name}.json" for name in ("bad", "torn"))
@@ -180,7 +195,7 @@ def test_mistakes_are_told_and_the_conversation_goes_on(runs, tmp_path, capsys, 
         assert part in error or "takes" in error
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(runs, monkeypatch):
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(runs, warm, monkeypatch):
     write, stats = cli.Printer.write, {}
 
     def interrupted(self, deltas):
@@ -196,10 +211,16 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(runs, monkeypatch):
             time.sleep(0.01)
         stats.update(service.stats())
 
+    def unhurried(self):
+        time.sleep(0.02)  # as a model that takes its time: this one could be done before the signal arrives
+        return step(self)
+
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", unhurried)
     monkeypatch.setattr(cli.Printer, "write", interrupted)
     monkeypatch.setitem(cli.COMMANDS, "/idle", ("", idle))
     Terminal(monkeypatch, "hello", "/idle")
     chat = cli.main(config(runs, model="demo/sft"))
     assert [message["role"] for message in chat.turns] == ["user", "assistant"]
-    assert 0 < stats["completion_tokens"] < 200 and stats["running"] == 0
-    assert stats["finished"] == {"cancelled": 1}
+    assert stats["running"] == 0 and stats["finished"]["cancelled"] == 1
+    assert 0 < len(chat.turns[1]["content"][0]["text"]) < 200

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax.chat import check_conversation, conversation
-from nanochat_jax.data.conversations import open_conversations, open_mixture
+from nanochat_jax.data.conversations import join_turns, open_conversations, open_mixture
 from nanochat_jax.data.rows import Lazy, Row, _plain, concatenate, is_held_out, open_rows
 from nanochat_jax.errors import UserError
 
@@ -162,3 +162,19 @@ def test_rows_name_missing_fields():
 
 def test_held_out_share():
     assert 850 < sum(is_held_out(str(i), 0.1) for i in range(10_000)) < 1150
+
+
+def test_questions_of_one_turn_are_joined_and_nothing_is_lost():
+    single = [conversation(f"question {n}", f"answer {n}") for n in range(200)]
+    long, system = conversation("a", "b", "c", "d"), conversation("a", "b", system="be kind")
+    mixed = [*single[:100], long, *single[100:], system]
+    joined = list(join_turns(mixed, 3, seed=0))
+    assert long in joined and system in joined
+    turns = [len(chat["messages"]) // 2 for chat in joined if chat not in (long, system)]
+    assert set(turns) == {1, 2, 3} and sum(turns) == 200
+    asked = [m["content"] for chat in joined if chat not in (long, system) for m in chat["messages"][::2]]
+    assert asked == [f"question {n}" for n in range(200)]
+    assert joined == list(join_turns(mixed, 3, seed=0)) != list(join_turns(mixed, 3, seed=1))
+    assert list(join_turns(single, 1, seed=0)) == single
+    for chat in joined:
+        check_conversation(chat)

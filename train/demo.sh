@@ -41,9 +41,9 @@ else
   depth=3 vocab_size=4096 sequence_len=512 steps=500 batch_tokens=4096
   # Half of the arithmetic is answered without the calculator, which a model this small cannot do: what SFT imitates,
   # RL finds out.
-  mix="task:spelling#20000,task:counting#1500,task:arithmetic#4000,task:mental-arithmetic#4000,task:identity*14"
-  mix="$mix,task:refusals*10,chatterbot,chitchat*0.2" sft_steps=1000
-  pair_tasks=arithmetic pair_examples=300 dpo_steps=16
+  mix="task:spelling#20000,task:counting#8000,task:arithmetic#4000,task:mental-arithmetic#4000,task:identity*14"
+  mix="$mix,task:refusals*8,chatterbot,chitchat*0.3" sft_steps=1000
+  pair_tasks=arithmetic pair_examples=600 dpo_steps=16
   rl_tasks=arithmetic,counting,spelling,identity rl_steps=30 # one task alone would cost the others
   chat_examples=150
   setup=120 tokenizer=20 prepare=20 pretrain=450 evaluate=40 sample=30 sft=720 pairs=60 dpo=60 rl=150 judge=25 chat=20 report=30

@@ -224,7 +224,7 @@ def preference_hook(config: Config, score: Scorer, rows: PairRows) -> Hook:
     def run(step: int, state: TrainState) -> dict[str, float]:
         logps_P2, lengths_P2 = jnp.asarray(score(state.params, rows)), jnp.asarray(rows.lengths_P2)
         terms = preference_terms(config, logps_P2, jnp.asarray(rows.reference_P2), lengths_P2)
-        return {f"val_{name}": float(np.mean(term_P, dtype=np.float64)) for name, term_P in terms.items()}
+        return {f"val_{name}": float(np.asarray(term_P).mean(dtype=np.float64)) for name, term_P in terms.items()}
 
     return Hook(config.run.eval_every, run, at_start=True)
 

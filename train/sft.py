@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nanochat_jax.chat import conversation, parse, render_prompt, visible_text
 from nanochat_jax.config import Architecture
 from nanochat_jax.data.batches import Batch, batches
-from nanochat_jax.data.conversations import open_mixture
+from nanochat_jax.data.conversations import join_turns, open_mixture
 from nanochat_jax.data.sft import pack_conversations
 from nanochat_jax.engine import Engine, Request
 from nanochat_jax.errors import UserError
@@ -47,6 +47,8 @@ class Config:
     mix: str = DEFAULT_MIX
     """Conversations, with commas between: task:NAME, chitchat, chatterbot, jsonl:GLOB, hub:OWNER/NAME#GLOB, …;
     SOURCE#N takes the first N, SOURCE*W takes each W times."""
+    turns: int = 3
+    """Questions of one turn are asked one after the other, up to so many in a conversation; 1 leaves them alone."""
     epochs: float = 1.0
     """How often each conversation is learnt from."""
     steps: int | None = None
@@ -65,7 +67,7 @@ class Config:
     """Of the order of the conversations."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens"):
+        for name in ("steps", "batch_tokens", "turns"):
             at_least(name.replace("_", "-"), getattr(self, name), 1)
         for name in ("eval_rows", "seed"):
             at_least(name.replace("_", "-"), getattr(self, name), 0)
@@ -78,7 +80,8 @@ def main(config: Config) -> TrainState:
     compute = config.run.compute.resolve()
     base, _, horizon = open_base(config.checkpoint)
     cfg, tok = base.cfg, base.tokenizer
-    train_rows = pack_conversations(open_mixture(config.mix, seed=config.seed), tok, cfg.sequence_len)
+    chats = join_turns(open_mixture(config.mix, seed=config.seed), config.turns, config.seed)
+    train_rows = pack_conversations(chats, tok, cfg.sequence_len)
     held_out = open_mixture(config.mix, "val", seed=config.seed)
     batch_tokens = config.batch_tokens or horizon.batch_tokens
     rows = rows_of(batch_tokens, cfg)

@@ -10,7 +10,7 @@ Tasks have test splits; of every other source a twentieth is held out, chosen by
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import takewhile
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from nanochat_jax.chat import Conversation, check_conversation, conversation
+from nanochat_jax.chat import Conversation, Message, check_conversation, conversation
 from nanochat_jax.data.rows import Lazy, is_held_out, open_rows, row_conversation
 from nanochat_jax.data.sources import PROFANITY, open_source, package_folder
 from nanochat_jax.errors import UserError
@@ -49,6 +49,31 @@ def open_mixture(mix: str, split: str = "train", *, seed: int = 0) -> Sequence[C
     if not len(order) and split == "train":
         raise UserError(f"the mixture {mix!r} has no conversations for training")
     return Lazy(len(order), lambda i: sources[numbers[i]][0][int(indices[i])])
+
+
+def join_turns(conversations: Iterable[Conversation], most: int, seed: int) -> Iterator[Conversation]:
+    """Let conversations of one question and its answer follow each other, as people ask one thing after another.
+
+    Args:
+        conversations: those with a system message or several turns are left as they are.
+        most: turns of a joined conversation; each has from 1 to so many, evenly drawn.
+        seed: of the drawing.
+    """
+    rng = np.random.default_rng(seed)
+    joined: list[Message] = []
+    room = 0
+    for chat in conversations:
+        if len(chat["messages"]) != 2:
+            yield chat
+            continue
+        if not room:
+            if joined:
+                yield {"messages": joined}
+            joined, room = [], int(rng.integers(1, most + 1))
+        joined = [*joined, *chat["messages"]]
+        room -= 1
+    if joined:
+        yield {"messages": joined}
 
 
 def _open_entry(entry: str, split: str, rng: np.random.Generator) -> tuple[Sequence[Conversation], np.ndarray]:
