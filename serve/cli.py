@@ -11,6 +11,7 @@ ends, /help lists commands. Answers go to stdout, everything else to stderr; not
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import aclosing
@@ -241,4 +242,5 @@ def main(config: Config) -> Chat:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may leave early, as head does
     cli.run(main, Config)

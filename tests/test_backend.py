@@ -21,7 +21,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.load import open_model
 from nanochat_jax.requests import Output, Request
 from nanochat_jax.sampling import Sampling
-from nanochat_jax.streaming import Delta, Event
+from nanochat_jax.streaming import Delta, Event, Handle
 from serve.backend import Backend, BackendConfig, ChatEvent
 from serve.shown import Shown
 
@@ -77,6 +77,10 @@ def held(service: Service) -> Iterator[None]:
     finally:
         engine.step = step
         go_on.set()
+
+
+def pending(service: Service) -> list[Handle]:
+    return [*service._active.values(), *service._inbox]
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -251,6 +255,7 @@ def test_leaving_early_cancels(backend):
     with held(service):
         asyncio.run(leave_before_the_first())
         time.sleep(0.1)
+        until(lambda: all(handle.cancelled for handle in pending(service)))
     until(lambda: service.stats()["running"] == service.stats()["waiting"] == 0)
 
 
@@ -262,6 +267,7 @@ def test_more_than_the_queue_holds_is_busy(backend):
         streams = [backend.chat(conversation("hello")) for _ in range(7)]
         first = asyncio.run(ask_many())
     assert [type(one) for one in first].count(Busy) == 3
+    until(lambda: not pending(backend.service()))
 
 
 def test_texts_are_continued_where_there_is_room(backend):

@@ -1,0 +1,202 @@
+"""Chat in the browser.
+
+    python -m serve.app
+    python -m serve.app --backend.checkpoint runs/demo/rl --port 8080
+
+Everything that the page needs comes from this server, and conversations stay in the browser. With --feedback FILE,
+likes and dislikes of answers to the same message become preference pairs for train.dpo.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import
+
+import gradio as gr
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanochat_jax.errors import UserError
+from serve import view
+from serve.backend import Backend, BackendConfig
+from serve.handlers import Handlers, new_chat
+from train import cli
+
+TITLE = "nanochat"
+EXAMPLES = ("Who are you?", "Spell the word garden.", "What is 12 times 7?", "How many r are in strawberry?")
+# The browser fetches nothing from elsewhere, whatever a model writes; Gradio itself needs inline code.
+CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+
+
+@dataclass(frozen=True)
+class Config:
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    auth: str = ""
+    """NAME:PASSWORD that visitors must give."""
+    share: bool = False
+    """Have Gradio's servers make a public link."""
+    feedback: Path | None = None
+    """File that preference pairs are appended to; default: nothing is kept."""
+
+
+class _OwnContentOnly:
+    """Adds the content policy to every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = CONTENT_POLICY
+            await send(message)
+
+        await self._app(scope, receive, with_policy)
+
+
+def build(handlers: Handlers) -> gr.Blocks:
+    """The page."""
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_height=True) as page:
+        chat, found, ratings = gr.JSON(new_chat, visible=False), gr.JSON(visible=False), gr.State([])
+        with gr.Sidebar(open=False):
+            new = gr.Button("New conversation", variant="primary")
+            history = gr.Radio([], label="Conversations in this browser", elem_id="history")
+            delete = gr.Button("Delete this conversation", size="sm")
+        banner = gr.Markdown(visible=False, elem_id="banner")
+        model = gr.Dropdown([], label="Model", elem_id="model")
+        with gr.Tab("Chat"):
+            chatbot = gr.Chatbot(
+                elem_id="chat",
+                show_label=False,
+                buttons=[],
+                editable="user",
+                render_markdown=False,
+                latex_delimiters=[],
+                allow_tags=False,
+                feedback_options=("Like", "Dislike") if handlers.feedback else None,
+                placeholder=f"# {TITLE}\nA small language model. It can be wrong, and it forgets what does not fit.",
+                examples=[{"text": text} for text in EXAMPLES],
+            )
+            box = gr.Textbox(
+                label="Message",
+                show_label=False,
+                placeholder="Write a message",
+                lines=1,
+                max_lines=8,
+                autofocus=True,
+                submit_btn=True,
+                elem_id="box",
+                html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+            )
+            stats = gr.Markdown(elem_id="stats")
+            with gr.Accordion("Settings", open=False):
+                system = gr.Textbox(label="System prompt", lines=2, info="How the model is to behave", elem_id="system")
+                with gr.Row():
+                    temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest")
+                    top_k = gr.Slider(0, 200, 50, step=1, label="Top k", info="0: all tokens")
+                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p")
+                with gr.Row():
+                    limit = gr.Slider(0, 1024, 0, step=1, label="Longest answer", info="in tokens; 0: what fits")
+                    seed = gr.Number(-1, precision=0, label="Seed", info="-1: another one for each answer")
+                    tools = gr.Checkbox(True, label="Calculator")
+        with gr.Tab("Tokens"):
+            gr.Markdown("How a text is divided into tokens, how far the model expected each, and what it expects next.")
+            text = gr.Textbox(label="Text", value="What is 12 times 7?", lines=2, elem_id="text")
+            with gr.Row():
+                as_chat = gr.Checkbox(True, label="As a message in a chat", info="where the model knows turns")
+                show = gr.Button("Show the tokens", variant="primary", elem_id="show")
+            rows = gr.State([])
+            tokens = gr.HighlightedText(
+                label="Tokens", color_map=view.COLOURS, show_legend=True, show_inline_category=False, elem_id="tokens"
+            )
+            position = gr.Slider(1, 2, 1, step=1, label="After token", elem_id="position", visible=False)
+            likeliest = gr.Label(label="What may follow", num_top_classes=10, show_heading=False, elem_id="likeliest")
+
+        settings = [model, system, temperature, top_k, top_p, limit, seed, tools]
+        asked, answered = [chat, chatbot, box], [chat, chatbot, stats, box]
+        listing: dict[str, Any] = {"fn": handlers.listing, "inputs": [found], "outputs": history, "js": view.LIST}
+        running = []
+        for trigger, begin, inputs in (
+            (box.submit, handlers.say, [box, chat]),
+            (chatbot.example_select, handlers.example, [chat]),
+            (chatbot.retry, handlers.retry, [chat]),
+            (chatbot.edit, handlers.edit, [chat]),
+        ):
+            begun = trigger(begin, inputs, asked, **quiet)
+            running.append(begun.success(handlers.respond, [chat, *settings], answered, **quiet))
+            ended = running[-1].then(handlers.idle, None, box, queue=False, **quiet)
+            ended.then(None, chat, chat, js=view.SAVE).then(**listing, queue=False, **quiet)
+        stopped = box.stop(handlers.idle, None, box, cancels=running, queue=False, **quiet)
+        stopped.then(None, chat, chat, js=view.SAVE).then(**listing, queue=False, **quiet)
+        undone = chatbot.undo(handlers.undo, chat, asked, **quiet)
+        undone.then(None, chat, chat, js=view.SAVE)
+        if handlers.feedback:
+            chatbot.like(handlers.like, [chat, ratings], ratings, **quiet)
+        opened = [chat, chatbot, stats]
+        gr.on(
+            [new.click, chatbot.clear], handlers.new, None, opened, js=view.LEAVE, cancels=running, queue=False, **quiet
+        )
+        gone = delete.click(handlers.new, None, opened, js=view.FORGET, cancels=running, queue=False, **quiet)
+        gone.then(**listing, queue=False, **quiet)
+        for event in (page.load, history.input):
+            event(handlers.open, [history, found], opened, js=view.OPEN, **quiet)
+        page.load(handlers.refresh, model, [model, banner], queue=False, **quiet)
+        page.load(**listing, queue=False, **quiet)
+        gr.on(
+            [show.click, text.submit],
+            handlers.tokenise,
+            [text, model, as_chat],
+            [tokens, rows, position, likeliest],
+            api_visibility="private",
+        )
+        tokens.select(handlers.pick, None, position, queue=False, **quiet)
+        position.change(handlers.expected, [rows, position], likeliest, queue=False, **quiet)
+    return page
+
+
+def launch(config: Config, backend: Backend) -> gr.Blocks:
+    """Start the server in a thread of its own; UserError if it cannot listen."""
+    page = build(Handlers(backend, config.feedback))
+    page.queue(default_concurrency_limit=None)
+    name, _, password = config.auth.partition(":")
+    if config.auth and not (name and password):
+        raise UserError("--auth must be NAME:PASSWORD")
+    try:
+        page.launch(
+            share=config.share,
+            server_name=config.host,
+            server_port=config.port,
+            auth=(name, password) if config.auth else None,
+            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            css=view.CSS,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            app_kwargs={"middleware": [Middleware(_OwnContentOnly)]},
+        )
+    except OSError as error:
+        raise UserError(f"cannot listen on {config.host}:{config.port}: {error}; choose another --port") from error
+    print(f"chat at {page.local_url}" + (f" and {page.share_url}" if page.share_url else "") + "; Ctrl-C ends")
+    return page
+
+
+def main(config: Config) -> None:
+    """Serve until Ctrl-C."""
+    backend = Backend(config.backend)
+    try:
+        launch(config, backend).block_thread()
+    finally:
+        backend.close()
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

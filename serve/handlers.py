@@ -1,0 +1,212 @@
+"""What the page's events do: the conversation comes from the browser with each, and goes back to it."""
+
+import asyncio
+import html
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import gradio as gr
+
+from nanochat_jax.chat import Message, check_conversation, conversation, render_prompt
+from nanochat_jax.errors import UserError
+from nanochat_jax.probabilities import next_token_table
+from nanochat_jax.sampling import Sampling
+from nanochat_jax.streaming import Delta, parts
+from serve import view
+from serve.backend import Backend
+from serve.feedback import Rating, append_pairs, rate
+from serve.talk import answer, said, told
+
+MAX_CHARACTERS = 100_000  # of a conversation
+
+type Chat = dict[str, Any]  # {"id": text, "messages": …}, the messages without the system's
+
+
+def new_chat() -> Chat:
+    return {"id": uuid4().hex, "messages": []}
+
+
+def messages_of(chat: Any) -> list[Message]:
+    """The messages of a conversation that came from a browser; UserError if it is none, or too long."""
+    messages = chat.get("messages") if isinstance(chat, dict) else None
+    if messages == []:
+        return []
+    last: Any = messages[-1].get("role") if isinstance(messages, list) and isinstance(messages[-1], dict) else None
+    checked = check_conversation({"messages": messages}, last="user" if last == "user" else "assistant")["messages"]
+    if checked[0]["role"] == "system":
+        raise UserError("conversation: message 0: the system prompt has a field of its own")
+    if sum(len(str(message["content"])) for message in checked) > MAX_CHARACTERS:
+        raise UserError(f"the conversation has more than {MAX_CHARACTERS:,} characters; begin a new one")
+    return list(checked)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Tell the visitor what can be mended, as text."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+
+class Handlers:
+    """One for a page, whoever looks at it: visitors have nothing in common but the models."""
+
+    def __init__(self, backend: Backend, feedback: Path | None = None) -> None:
+        self.backend, self.feedback = backend, feedback
+
+    def refresh(self, model: str | None) -> tuple[Any, Any]:
+        """The models there are by now, or how to make one."""
+        try:
+            models = self.backend.models()
+        except UserError as error:
+            return gr.Dropdown(choices=[], value=None), gr.Markdown(f"**There is no model yet.** {error}", visible=True)
+        names = [info.name for info in models]
+        labels = [f"{info.name} · {info.stage} · step {info.step:,}" for info in models]
+        value = model if model in names else names[0]
+        return gr.Dropdown(choices=list(zip(labels, names, strict=True)), value=value), gr.Markdown(visible=False)
+
+    def say(self, text: str | None, chat: Chat) -> tuple[Any, ...]:
+        """A message is sent."""
+        with telling():
+            if not text or not text.strip():
+                raise UserError("the message is empty")
+            messages = messages_of(chat)
+            if messages and messages[-1]["role"] == "user":  # stopped before the first word
+                messages.pop()
+            return self._ask(chat, [*messages, {"role": "user", "content": text}])
+
+    def example(self, chat: Chat, event: gr.SelectData) -> tuple[Any, ...]:
+        return self.say(str(event.value["text"]), chat)
+
+    def retry(self, chat: Chat) -> tuple[Any, ...]:
+        with telling():
+            return self._ask(chat, _without_answer(messages_of(chat)))
+
+    def edit(self, chat: Chat, event: gr.EditData) -> tuple[Any, ...]:
+        """A message was changed; what followed it is forgotten."""
+        with telling():
+            messages = messages_of(chat)
+            before = messages[: _number(messages, event.index)]
+            return self.say(view.unescaped(str(event.value)), {**chat, "messages": before})
+
+    def undo(self, chat: Chat) -> tuple[Any, ...]:
+        """The last message goes back into the box."""
+        with telling():
+            *messages, last = _without_answer(messages_of(chat)) or [{"role": "user", "content": ""}]
+            return {**chat, "messages": messages}, view.shown(messages), said(last)
+
+    def _ask(self, chat: Chat, messages: list[Message]) -> tuple[Any, ...]:
+        chat = {"id": str(chat["id"]), "messages": messages_of({"messages": messages})}
+        busy = gr.Textbox(value="", interactive=False, submit_btn=False, stop_btn=True)
+        return chat, view.shown(messages), busy
+
+    async def respond(
+        self,
+        chat: Chat,
+        model: str | None,
+        system: str | None,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        limit: int,
+        seed: int | None,
+        use_tools: bool,
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """The answer as it grows; if there is none, the message goes back into the box."""
+        messages = messages_of(chat)
+        yield chat, view.shown(messages), "…", gr.skip()
+        deltas: list[Delta] = []
+        dropped = 0
+        first: list[Message] = [{"role": "system", "content": system}] if system and system.strip() else []
+        try:
+            seed = random.getrandbits(32) if seed is None or seed < 0 else seed
+            how = Sampling(temperature, int(top_k), top_p, seed=seed)
+            events = answer(
+                self.backend,
+                {"messages": first + messages},
+                model=model or "",
+                sampling=how,
+                max_new_tokens=int(limit) or None,
+                use_tools=use_tools,
+            )
+            async with aclosing(events):
+                async for event in events:
+                    deltas += event.deltas
+                    dropped += event.dropped
+                    said_now: list[Message] = [{"role": "assistant", "content": parts(deltas)}] if deltas else []
+                    grown = messages + said_now
+                    notes = told(event.usage, event.finish_reason, dropped)
+                    yield {**chat, "messages": grown}, view.shown(grown), notes or "…", gr.skip()
+            if event.error:
+                raise UserError(f"the model failed: {event.error}")
+        except UserError as error:
+            gr.Warning(html.escape(str(error)))
+            rest = messages[:-1]
+            yield {**chat, "messages": rest}, view.shown(rest), "", said(messages[-1])
+
+    def idle(self) -> Any:
+        """The box, when nothing is being answered."""
+        return gr.Textbox(interactive=True, submit_btn=True, stop_btn=False)
+
+    def new(self, *_: Any) -> tuple[Any, ...]:
+        return new_chat(), [], ""
+
+    def open(self, _: Any, chat: Chat | None) -> tuple[Any, ...]:
+        """A conversation that the browser kept."""
+        with telling():
+            if chat is None:
+                return gr.skip(), gr.skip(), gr.skip()
+            return chat, view.shown(messages_of(chat)), ""
+
+    def listing(self, found: list[tuple[str, str]] | None) -> Any:
+        """The conversations that the browser keeps, by their first words."""
+        return gr.Radio(choices=[(view.title(text), name) for text, name in found or []], value=None)
+
+    def like(self, chat: Chat, ratings: list[Rating], event: gr.LikeData) -> list[Rating]:
+        """Remember a rating for as long as the page is open; with an opposite one of the same message, keep a pair."""
+        assert self.feedback
+        with telling():
+            messages = messages_of(chat)
+            number = _number(messages, event.index)
+            liked = event.liked if isinstance(event.liked, bool) else None
+            ratings, pairs = rate(ratings, Rating(messages[:number], messages[number]["content"], liked))
+            if pairs:
+                append_pairs(self.feedback, pairs)
+            return ratings
+
+    async def tokenise(self, text: str | None, model: str | None, as_chat: bool) -> tuple[Any, ...]:
+        """A text's tokens, and for each the likeliest that follow."""
+        with telling():
+            loaded = await asyncio.to_thread(self.backend.loaded, model or "")
+            tokenizer, text = loaded.tokenizer, text or ""
+            if as_chat and self.backend.find(model or "").is_chat:
+                tokens = render_prompt(conversation(text), tokenizer)
+            else:
+                tokens = [tokenizer.bos, *tokenizer.encode(text)]
+            table = await asyncio.to_thread(next_token_table, loaded.params, loaded.cfg, tokens, compute=loaded.compute)
+        rows = [view.likeliest(table, position, tokenizer) for position in range(len(tokens))]
+        slider = gr.Slider(1, max(2, len(tokens)), len(tokens), visible=len(tokens) > 1)
+        return view.coloured(tokens, table, tokenizer), rows, slider, rows[-1]
+
+    def pick(self, event: gr.SelectData) -> int:
+        return int(event.index) + 1
+
+    def expected(self, rows: list[dict[str, float]], position: int) -> Any:
+        return rows[int(position) - 1] if 0 < position <= len(rows) else gr.skip()
+
+
+def _without_answer(messages: list[Message]) -> list[Message]:
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def _number(messages: list[Message], index: Any) -> int:
+    """The number of the message to which an entry of the chatbot belongs."""
+    entries, at = view.numbered(messages), index[0] if isinstance(index, list) else index
+    if not isinstance(at, int) or not 0 <= at < len(entries):
+        raise UserError("that message is no longer there")
+    return entries[at][0]
