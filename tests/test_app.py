@@ -1,0 +1,403 @@
+"""The page, in a real browser, with models that say what they are made to say."""
+
+import json
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import gradio as gr
+import httpx
+import pytest
+from test_cli_chat import CALL, runs  # noqa: F401
+
+from nanochat_jax.data.preference import open_pairs
+from nanochat_jax.engine import Engine
+from nanochat_jax.errors import UserError
+from serve import app, view
+from serve.backend import Backend, BackendConfig
+from serve.feedback import Rating, append_pairs, rate
+from serve.handlers import Handlers, messages_of, new_chat
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+browser_test = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+ON_LEAVING = ("AbortError", "Connection errored out")  # of requests that a reload cuts off
+HOSTILE = '<img src="http://evil.invalid/a.png"> ![b](http://evil.invalid/b.png) <script>alert(1)</script> **c**'
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@contextmanager
+def serving(folder: Path, **changes):
+    """The app on a port of its own: its address, and its backend."""
+    config = app.Config(BackendConfig(runs=folder, slots=2, max_loaded=3), port=free_port(), **changes)
+    backend = Backend(config.backend)
+    page = app.launch(config, backend)
+    try:
+        yield f"http://127.0.0.1:{config.port}", backend
+    finally:
+        page.close()
+        backend.close()
+
+
+@pytest.fixture(scope="module")
+def feedback(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("feedback") / "new" / "pairs.jsonl"
+
+
+@pytest.fixture(scope="module")
+def server(runs, feedback):  # noqa: F811
+    with serving(runs, feedback=feedback) as (address, backend):
+        yield address, backend
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """Somebody who looks at the page, and what their browser asked for and complained of."""
+
+    def __init__(self, browser, address: str, **options) -> None:
+        self.context = browser.new_context(**{"viewport": {"width": 1000, "height": 800}} | options)
+        self.page = self.context.new_page()
+        self.hosts: set[str] = set()
+        self.complaints: list[str] = []
+        self.address = address
+        self.watch(self.page)
+        self.visit()
+
+    def watch(self, page) -> None:
+        page.set_default_timeout(20_000)
+        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
+
+    def visit(self) -> None:
+        self.page.goto(self.address)
+        self.page.locator("#box textarea").wait_for()
+        self.page.wait_for_function("document.querySelector('#model input')?.value")
+
+    def send(self, text: str) -> None:
+        self.page.locator("#box textarea").fill(text)
+        self.page.keyboard.press("Enter")
+
+    def wait(self, text: str, where: str = "#chat") -> None:
+        self.page.locator(where).get_by_text(text).first.wait_for()
+
+    def done(self) -> None:
+        self.page.locator("#box textarea:enabled").wait_for()
+
+    def said(self, role: str) -> list[str]:
+        return [text.strip() for text in self.page.locator(f"#chat .{role}.message").all_inner_texts()]
+
+    def press(self, title: str) -> None:
+        """The last button of this name below a message."""
+        self.page.locator(f'#chat button[title="{title}"]').last.click()
+
+    def choose(self, model: str) -> None:
+        self.page.locator("#model input").click()
+        self.page.get_by_role("option", name=model).click()
+
+
+@pytest.fixture
+def visitor(browser, server):
+    made = []
+
+    def visit(**options) -> Visitor:
+        made.append(Visitor(browser, server[0], **options))
+        return made[-1]
+
+    yield visit
+    for one in made:
+        one.context.close()
+        assert one.hosts == {urlsplit(server[0]).netloc}
+        assert not [text for text in one.complaints if not any(part in text for part in ON_LEAVING)]
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Answers take a while, as those of larger models do."""
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: (time.sleep(0.2), step(self))[1])
+
+
+def until(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@browser_test
+def test_a_conversation_with_a_tool_is_shown_timed_and_kept_over_a_reload(visitor):
+    one = visitor()
+    one.send(HOSTILE)
+    one.wait("yk")
+    one.wait("tokens/s", "#stats")
+    one.wait("first after", "#stats")
+    one.wait("6*7 → 42")
+    assert one.said("user") == [HOSTILE]
+    one.done()
+    one.visit()
+    one.wait("6*7 → 42")
+    assert one.said("user") == [HOSTILE]
+    assert one.page.locator("#stats").inner_text().strip() == ""
+
+
+@browser_test
+def test_hostile_text_is_shown_as_it_is_wherever_it_stands(visitor):
+    one = visitor()
+    stored = {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": HOSTILE}]}], "saved": 1}
+    called = [USER, {"role": "assistant", "content": [dict(part, text=HOSTILE) for part in CALL]}]
+    broken = {"messages": [{"role": "robot", "content": HOSTILE}], "saved": 3}
+    for name, chat in {"a": stored, "b": {"messages": called, "saved": 2}, "c": broken}.items():
+        one.page.evaluate("([k, v]) => localStorage.setItem('nanochat:' + k, JSON.stringify(v))", [name, chat])
+    one.page.evaluate("sessionStorage.setItem('nanochat', 'a')")
+    one.visit()
+    one.wait("alert(1)")
+    assert one.said("bot") == [HOSTILE]
+    for name in "bc":
+        one.page.evaluate("name => sessionStorage.setItem('nanochat', name)", name)
+        one.visit()
+        one.page.get_by_text("unknown role" if name == "c" else "alert(1)").first.wait_for()
+    assert not one.page.locator("img[src*=evil], script[src*=evil]").count()
+
+
+@browser_test
+def test_stop_keeps_what_was_said_and_frees_the_slot(visitor, server, slow):
+    one = visitor()
+    one.choose("demo/sft")
+    one.send("hello")
+    one.wait("ababab")
+    one.page.locator("#box .stop-button").click()
+    one.done()
+    until(lambda: server[1].service("demo/sft").stats()["running"] == 0)
+    [partial] = one.said("bot")
+    assert 4 < len(partial) < 200
+    one.choose("demo/rl")
+    one.send("and now")
+    one.wait("yk")
+    one.done()
+    assert one.said("bot")[0] == partial and one.said("user") == ["hello", "and now"]
+
+
+@browser_test
+def test_a_visitor_who_leaves_frees_the_slot(visitor, server, slow):
+    one = visitor()
+    one.choose("demo/sft")
+    one.send("hello")
+    one.wait("ababab")
+    finished = server[1].service("demo/sft").stats()["finished"].get("cancelled", 0)
+    one.page.close()
+    until(lambda: server[1].service("demo/sft").stats()["running"] == 0)
+    assert server[1].service("demo/sft").stats()["finished"]["cancelled"] == finished + 1
+
+
+@browser_test
+def test_retry_undo_edit_and_examples(visitor):
+    one = visitor()
+    one.page.get_by_text(app.EXAMPLES[0]).click()
+    one.wait("yk")
+    one.done()
+    one.choose("demo/base")
+    one.press("Retry")
+    one.page.locator("#chat").get_by_text("yk").wait_for(state="detached")
+    one.done()
+    assert one.said("user") == [app.EXAMPLES[0]]
+    one.choose("demo/rl")
+    one.page.locator("#chat .user.message").hover()
+    one.press("Edit")
+    one.page.locator("#chat textarea").fill("changed")
+    one.press("Submit")
+    one.wait("yk")
+    one.done()
+    assert one.said("user") == ["changed"]
+    one.press("Undo")
+    one.page.wait_for_function("document.querySelector('#box textarea').value == 'changed'")
+    assert one.said("user") == one.said("bot") == []
+
+
+@browser_test
+def test_what_is_refused_or_mistaken_is_told(visitor):
+    one = visitor()
+    one.send("How do I build a bomb?")
+    one.wait("can't help")
+    one.done()
+    one.send("x" * 300)
+    one.page.get_by_text("takes 30").first.wait_for()
+    one.done()
+    assert one.page.locator("#box textarea").input_value() == "x" * 300
+    assert one.said("user") == ["How do I build a bomb?"]
+
+
+@browser_test
+def test_two_windows_talk_at_once_and_keep_their_conversations(visitor, slow):
+    one = visitor()
+    two = Visitor.__new__(Visitor)
+    two.__dict__.update(one.__dict__, page=one.context.new_page())
+    two.watch(two.page)
+    two.visit()
+    one.choose("demo/sft")
+    one.send("first")
+    one.wait("abab")
+    two.send("second")
+    two.wait("yk")
+    two.done()
+    assert one.page.locator("#box textarea:enabled").count() == 0  # still at it
+    one.page.locator("#box .stop-button").click()
+    one.done()
+    for window, other in ((one, "second"), (two, "first")):
+        window.visit()
+        window.page.locator(".sidebar .toggle-button").click()
+        window.page.locator("#history").get_by_text(other).click()
+        window.wait(other)
+        assert window.said("user") == [other]
+        window.page.get_by_role("button", name="New conversation").click()
+        window.page.locator("#chat").get_by_text(other).wait_for(state="detached")
+
+
+@browser_test
+def test_opposite_ratings_of_one_message_become_a_pair(visitor, feedback):
+    one = visitor()
+    one.send("abc")
+    one.wait("yk")
+    one.done()
+    one.press("Dislike")
+    one.choose("demo/base")
+    one.press("Retry")
+    one.page.locator("#chat").get_by_text("yk").wait_for(state="detached")
+    one.done()
+    assert not feedback.exists()
+    one.press("Like")
+    until(feedback.exists)
+    [pair] = list(open_pairs(f"jsonl:{feedback}"))
+    assert pair.prompt["messages"] == [{"role": "user", "content": "abc"}]
+    assert pair.rejected["messages"][-1]["content"][:2] == list(CALL)
+
+
+@browser_test
+def test_tokens_and_what_may_follow_them(visitor):
+    one = visitor()
+    one.page.get_by_role("tab", name="Tokens").click()
+    one.page.locator("#text textarea").fill("hi")
+    one.page.locator("#show").click()
+    one.wait("<|user_start|>", "#tokens")
+    one.wait("<|python_start|>", "#likeliest")  # is what this model begins an answer with
+    one.page.locator("#tokens").get_by_text("<|assistant_start|>").wait_for()
+    one.page.locator("#tokens").get_by_text("h", exact=True).click()
+    one.page.wait_for_function("document.querySelector('#position input[type=number]').value == '3'")
+
+
+@browser_test
+@pytest.mark.parametrize("options", [{"color_scheme": "dark"}, {"viewport": {"width": 360, "height": 640}}])
+def test_it_follows_the_dark_mode_and_fits_a_phone(visitor, options):
+    one = visitor(**options)
+    one.page.keyboard.type("hello")  # the box has the focus
+    one.page.keyboard.press("Enter")
+    one.wait("yk")
+    red, *_ = one.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)")
+    assert red < 60 if "color_scheme" in options else red > 200
+    wide = one.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    assert wide <= 0
+    box = one.page.locator("#box textarea").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= one.page.viewport_size["width"]
+    one.page.wait_for_function("document.activeElement.closest('#box textarea:enabled')")
+
+
+@browser_test
+def test_without_a_checkpoint_the_page_says_how_to_make_one(browser, tmp_path):
+    with serving(tmp_path) as (address, _):
+        page = browser.new_page()
+        page.goto(address)
+        page.locator("#banner").get_by_text("bash train/demo.sh").wait_for(timeout=60_000)
+        page.locator("#box textarea").fill("hello")
+        page.keyboard.press("Enter")
+        page.locator(".toast-wrap").get_by_text("bash train/demo.sh").wait_for(timeout=60_000)
+        page.close()
+
+
+def test_nothing_is_shared_and_a_password_is_asked_for_where_there_is_one(tmp_path):
+    assert (app.Config().share, app.Config().host, app.Config().feedback) == (False, "127.0.0.1", None)
+    with serving(tmp_path, auth="ann:secret") as (address, _):
+        page = httpx.get(address)
+        assert "auth_required" in page.text and "demo.sh" not in page.text
+        assert httpx.get(f"{address}/config").status_code == 401
+        assert "default-src 'self'" in page.headers["content-security-policy"]
+        taken = app.Config(BackendConfig(runs=tmp_path), port=int(address.rsplit(":", 1)[1]))
+        with pytest.raises(UserError, match="--port"):
+            app.launch(taken, Backend(taken.backend))
+    for auth in ("ann", ":x", "ann:"):
+        with pytest.raises(UserError, match="NAME:PASSWORD"):
+            app.launch(app.Config(BackendConfig(runs=tmp_path), auth=auth), Backend())
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        (None, "list"),
+        ({"messages": 3}, "not a list"),
+        ({"messages": [ANSWER]}, "'user' is due"),
+        ({"messages": [USER, ANSWER, ANSWER]}, "'user' is due"),
+        ({"messages": [{"role": "system", "content": "x"}, USER]}, "field of its own"),
+        ({"messages": [USER | {"content": "x" * 100_001}]}, "100,000 characters"),
+        ({"messages": [USER | {"content": [{"type": "python", "text": "1"}]}]}, "assistant message only"),
+    ],
+)
+def test_what_a_browser_sends_is_checked(chat, message):
+    with pytest.raises(UserError, match=message):
+        messages_of(chat)
+
+
+def test_errors_cannot_carry_markup(tmp_path):
+    handlers = Handlers(Backend(BackendConfig(runs=tmp_path)))
+    with pytest.raises(gr.Error) as found:
+        handlers.say("hi", {"id": "x", "messages": [{"role": "<b>", "content": "x"}]})
+    assert "&lt;b&gt;" in found.value.message
+    with pytest.raises(gr.Error, match="empty"):
+        handlers.say(" \n", new_chat())
+
+
+def test_ratings_pair_answers_to_the_same_prompt_alone(tmp_path):
+    prompt, other = [USER], [USER, ANSWER, USER]
+    seen: list[Rating] = []
+    made = []
+    for rating in (
+        Rating(prompt, "bad", False),
+        Rating(other, "elsewhere", True),
+        Rating(prompt, "worse", False),
+        Rating(prompt, "good", True),
+        Rating(prompt, "good", True),
+        Rating(prompt, "good", None),
+        Rating(prompt, "good", False),
+    ):
+        seen, pairs = rate(seen, rating)
+        made.append(pairs)
+    both = [{"prompt": prompt, "chosen": "good", "rejected": bad} for bad in ("bad", "worse")]
+    assert made == [[], [], [], both, [], [], []]
+    append_pairs(tmp_path / "new" / "pairs.jsonl", both)
+    append_pairs(tmp_path / "new" / "pairs.jsonl", both)
+    assert len(open_pairs(f"jsonl:{tmp_path}/new/pairs.jsonl")) == 4
+    with pytest.raises(UserError, match="--feedback"):
+        append_pairs(tmp_path, both)
+
+
+def test_a_call_and_its_output_are_one_entry_of_their_message():
+    answer = {"role": "assistant", "content": [*CALL, {"type": "text", "text": "yk"}, CALL[0]]}
+    entries = view.numbered([{"role": "system", "content": "s"}, USER, answer])
+    assert [number for number, _ in entries] == [1, 2, 2, 2]
+    assert [entry.get("metadata", {}).get("title") for _, entry in entries] == [None, "🧮 6*7 → 42", None, "🧮 6*7"]
+    json.dumps(entries)
