@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, so that every multi-device test runs everywhere, and strict broadcasting."""
 
+import logging
 import os
 import random
 from pathlib import Path
@@ -14,6 +15,26 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same small programs are compiled by many tests and by the processes that tests start.
 jax.config.update("jax_compilation_cache_dir", os.environ.get("NANOCHAT_TEST_CACHE", "/tmp/nanochat_jax_test_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def bucket_server(tmp_path_factory):
+    """A storage emulator on the loopback, which the real client talks to, here and in processes started from here."""
+    from gcp_storage_emulator.server import create_server
+
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    server = create_server("127.0.0.1", 0, False, "bucket", data_dir=str(tmp_path_factory.mktemp("buckets")))
+    server.start()
+    os.environ["STORAGE_EMULATOR_HOST"] = "http://127.0.0.1:{1}".format(*server._api._httpd.server_address)
+    yield
+    server.stop()
+
+
+@pytest.fixture
+def bucket(bucket_server, tmp_path, monkeypatch) -> str:
+    """gs://… of a folder that nobody else uses; what is copied from it goes to a cache of its own."""
+    monkeypatch.setattr("nanochat_jax.files.CACHE", tmp_path / "cache")
+    return f"gs://bucket/{tmp_path.parent.name}-{tmp_path.name}"
 
 
 @pytest.fixture(scope="session")
