@@ -13,8 +13,9 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve.backend import ChatEvent, ModelInfo
+from serve.backend import ChatEvent
 from serve.choices import Choice, usage
+from serve.models import ModelInfo
 from serve.schemas import ApiError
 
 CLIENT_GONE = 499  # what is counted where nobody hears the answer

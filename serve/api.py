@@ -16,8 +16,7 @@ No conversation is written to disk.
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +30,11 @@ from nanochat_jax.dialogue import Busy
 from nanochat_jax.errors import UserError
 from nanochat_jax.sampling import Sampling
 from serve.answers import CHAT, COMPLETION, Answer, Events, EventStream, json_response, unless_gone
-from serve.backend import Backend, BackendConfig, ModelInfo
+from serve.backend import Backend
 from serve.choices import Choice
-from serve.limits import Limiter, Limits
+from serve.limits import BodyLimit, Clients, Limiter, Limits
 from serve.metrics import Counted, Metrics
+from serve.models import BackendConfig, ModelInfo
 from serve.schemas import MAX_CHOICES, ApiError, ChatRequest, CompletionRequest, ErrorBody, explain
 from train import cli
 
@@ -50,25 +50,24 @@ class Config:
     """Key that clients must know; default: the environment variable NANOCHAT_API_KEY, or none."""
 
 
-def create_app(config: Config, backend: Backend | None = None) -> FastAPI:
-    """The server's app, into which others can be mounted; its backend is app.state.backend, and is closed with it.
+def secret(given: str, name: str) -> str:
+    """What was given on the command line, or else in the environment, which other users of a machine cannot see."""
+    return given or os.environ.get(name, "")
+
+
+def create_app(backend: Backend, clients: Clients, api_key: str = "") -> FastAPI:
+    """The server's app, which can be part of another.
 
     Args:
-        config: all of it but host and port, and of `backend` nothing where one is given.
-        backend: one that others use too; default: one of its own.
+        backend: what answers; it stays open.
+        clients: counted together with those of other servers of one process.
+        api_key: that a client must know, if any.
     """
-    backend = backend or Backend(config.backend)
     metrics = Metrics(backend)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(backend.close)
-
-    app = FastAPI(title="nanochat-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.backend = backend
+    app = FastAPI(title="nanochat-jax", docs_url=None, redoc_url=None)
     app.include_router(_routes(backend, metrics))
-    app.add_middleware(Limiter, limits=config.limits, api_key=config.api_key or os.environ.get("NANOCHAT_API_KEY", ""))
+    app.add_middleware(BodyLimit, limits=clients.limits)
+    app.add_middleware(Limiter, clients=clients, api_key=api_key)
     app.add_middleware(Counted, metrics=metrics)
     for kind in (ApiError, UserError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
@@ -190,17 +189,20 @@ def _model_object(model: ModelInfo) -> dict[str, Any]:
 def main(config: Config) -> None:
     """Serve until a signal comes."""
     backend = Backend(config.backend)
-    backend.service()
-    names = ", ".join(model.name for model in backend.models())
-    print(f"serving {names} at http://{config.host}:{config.port}/v1", flush=True)
-    uvicorn.run(
-        create_app(config, backend),
-        host=config.host,
-        port=config.port,
-        log_level="warning",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
-    )
+    try:
+        backend.service()
+        names = ", ".join(model.name for model in backend.models())
+        print(f"serving {names} at http://{config.host}:{config.port}/v1", flush=True)
+        uvicorn.run(
+            create_app(backend, Clients(config.limits), secret(config.api_key, "NANOCHAT_API_KEY")),
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
+        )
+    finally:
+        backend.close()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
-"""Chat in the browser.
+"""Chat in the browser, and OpenAI's API beside it, on the same models.
 
     python -m serve.app
     python -m serve.app --backend.checkpoint runs/demo/rl --port 8080
 
 Everything that the page needs comes from this server, and conversations stay in the browser. With --feedback FILE,
-likes and dislikes of answers to the same message become preference pairs for train.dpo.
+likes and dislikes of answers to the same message become preference pairs for train.dpo. /v1/…, /healthz and /metrics
+answer as those of serve.api do; with --auth, /v1/… needs an --api-key.
 """
 
 import os
+import secrets
+import signal
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # these are read on import
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(1 << 60)  # after so many events it sums all of them up
+os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
 
 import gradio as gr
 from starlette.datastructures import MutableHeaders
@@ -20,44 +26,56 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat_jax.errors import UserError
-from serve import view
-from serve.backend import Backend, BackendConfig
+from serve import api, view
+from serve.backend import Backend
 from serve.handlers import Handlers, new_chat
+from serve.limits import BodyLimit, Clients, Limits
+from serve.models import BackendConfig
 from train import cli
 
 TITLE = "nanochat"
 EXAMPLES = ("Who are you?", "Spell the word garden.", "What is 12 times 7?", "How many r are in strawberry?")
+IN_SPACE = "SPACE_ID" in os.environ  # of Hugging Face, who show the page in a frame of theirs, by way of a proxy
+FRAMES = "'self' https://huggingface.co" if IN_SPACE else "'self'"
 # The browser fetches nothing from elsewhere, whatever a model writes; Gradio itself needs inline code.
-CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+CONTENT_POLICY = f"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors {FRAMES}"
+API_PATHS = ("/v1/", "/healthz", "/metrics", "/openapi.json")
+EVENTS_AT_ONCE = 256  # of all visitors; how many answers there are at once is up to the backend
 
 
 @dataclass(frozen=True)
 class Config:
     backend: BackendConfig = field(default_factory=BackendConfig)
+    limits: Limits = field(default_factory=Limits)
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = 7860
     auth: str = ""
-    """NAME:PASSWORD that visitors must give."""
+    """NAME:PASSWORD that visitors must give; default: the environment variable NANOCHAT_AUTH, or none."""
+    api_key: str = ""
+    """Key that clients of the API must know; default: the environment variable NANOCHAT_API_KEY, or none."""
     share: bool = False
     """Have Gradio's servers make a public link."""
     feedback: Path | None = None
     """File that preference pairs are appended to; default: nothing is kept."""
 
 
-class _OwnContentOnly:
-    """Adds the content policy to every response."""
+class _BesideApi:
+    """ASGI middleware that leaves the API's paths to it, and adds the content policy to the page's responses."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, page: ASGIApp, api: ASGIApp) -> None:
+        self._page, self._api = page, api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(API_PATHS):
+            return await self._api(scope, receive, send)
+
         async def with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["Content-Security-Policy"] = CONTENT_POLICY
             await send(message)
 
-        await self._app(scope, receive, with_policy)
+        await self._page(scope, receive, with_policy)
 
 
 def build(handlers: Handlers) -> gr.Blocks:
@@ -101,7 +119,10 @@ def build(handlers: Handlers) -> gr.Blocks:
                 with gr.Row():
                     temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest")
                     top_k = gr.Slider(0, 200, 50, step=1, label="Top k", info="0: all tokens")
-                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p")
+                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="1: all tokens")
+                with gr.Row():
+                    min_p = gr.Slider(0, 1, 0, step=0.01, label="Min p", info="0: all tokens")
+                    penalty = gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty", info="1: none")
                 with gr.Row():
                     limit = gr.Slider(0, 1024, 0, step=1, label="Longest answer", info="in tokens; 0: what fits")
                     seed = gr.Number(-1, precision=0, label="Seed", info="-1: another one for each answer")
@@ -119,7 +140,7 @@ def build(handlers: Handlers) -> gr.Blocks:
             position = gr.Slider(1, 2, 1, step=1, label="After token", elem_id="position", visible=False)
             likeliest = gr.Label(label="What may follow", num_top_classes=10, show_heading=False, elem_id="likeliest")
 
-        settings = [model, system, temperature, top_k, top_p, limit, seed, tools]
+        settings = [model, system, temperature, top_k, top_p, min_p, penalty, limit, seed, tools]
         asked, answered = [chat, chatbot, box], [chat, chatbot, stats, box]
         listing: dict[str, Any] = {"fn": handlers.listing, "inputs": [found], "outputs": history, "js": view.LIST}
         running = []
@@ -163,17 +184,23 @@ def build(handlers: Handlers) -> gr.Blocks:
 
 def launch(config: Config, backend: Backend) -> gr.Blocks:
     """Start the server in a thread of its own; UserError if it cannot listen."""
-    page = build(Handlers(backend, config.feedback))
-    page.queue(default_concurrency_limit=None)
-    name, _, password = config.auth.partition(":")
-    if config.auth and not (name and password):
+    auth = api.secret(config.auth, "NANOCHAT_AUTH")
+    name, _, password = auth.partition(":")
+    if auth and not (name and password):
         raise UserError("--auth must be NAME:PASSWORD")
+    clients = Clients(config.limits)
+    # Where visitors must give a password, nobody gets around it by way of the API.
+    key = api.secret(config.api_key, "NANOCHAT_API_KEY") or (secrets.token_urlsafe() if auth else "")
+    page = build(Handlers(backend, clients, config.feedback))
+    page.queue(default_concurrency_limit=None)
     try:
         page.launch(
             share=config.share,
             server_name=config.host,
             server_port=config.port,
-            auth=(name, password) if config.auth else None,
+            auth=(name, password) if auth else None,
+            max_threads=EVENTS_AT_ONCE,
+            max_file_size=1,  # byte: there is nothing to upload
             theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=view.CSS,
             footer_links=[],
@@ -181,7 +208,12 @@ def launch(config: Config, backend: Backend) -> gr.Blocks:
             ssr_mode=False,
             prevent_thread_lock=True,
             quiet=True,
-            app_kwargs={"middleware": [Middleware(_OwnContentOnly)]},
+            app_kwargs={
+                "middleware": [
+                    Middleware(_BesideApi, api=api.create_app(backend, clients, key)),
+                    Middleware(BodyLimit, limits=config.limits),
+                ]
+            },
         )
     except OSError as error:
         raise UserError(f"cannot listen on {config.host}:{config.port}: {error}; choose another --port") from error
@@ -190,12 +222,16 @@ def launch(config: Config, backend: Backend) -> gr.Blocks:
 
 
 def main(config: Config) -> None:
-    """Serve until Ctrl-C."""
-    backend = Backend(config.backend)
-    try:
-        launch(config, backend).block_thread()
-    finally:
-        backend.close()
+    """Serve until a signal comes."""
+    if IN_SPACE:
+        os.environ.setdefault("FORWARDED_ALLOW_IPS", "*")  # clients are told by what the proxy says; uvicorn reads it
+    backend, stop = Backend(config.backend), threading.Event()
+    page = launch(config, backend)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+    page.close(verbose=False)
+    backend.close()
 
 
 if __name__ == "__main__":

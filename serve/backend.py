@@ -1,93 +1,34 @@
-"""What app, API and terminal have in common: the models there are, loaded when asked for, and answers that keep to the
-safety policy.
+"""What app, API and terminal have in common: the models there are, and answers that keep to the safety policy.
 
-    backend = Backend(BackendConfig())
-    async for event in backend.chat(conversation("Hello!"), sampling=Sampling(seed=1)):
-        print("".join(delta.text for delta in event.deltas), end="")
+backend = Backend(BackendConfig())
+async for event in backend.chat(conversation("Hello!"), sampling=Sampling(seed=1)):
+    print("".join(delta.text for delta in event.deltas), end="")
 """
 
 import asyncio
-import logging
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal, NamedTuple
-
-import jax
+from typing import Literal
 
 from nanochat_jax.chat import Conversation, content_parts
-from nanochat_jax.checkpoint import Checkpoints
-from nanochat_jax.dialogue import Busy, Fitted, Service, fit
-from nanochat_jax.engine import TOOL_TOKENS, Engine, EngineConfig
+from nanochat_jax.dialogue import Fitted, Service, fit
+from nanochat_jax.engine import TOOL_TOKENS
 from nanochat_jax.errors import UserError
-from nanochat_jax.load import LoadedModel, load_model, open_model
 from nanochat_jax.requests import Output, Request
 from nanochat_jax.safety import Finding, Policy, load_policy
 from nanochat_jax.sampling import Sampling
 from nanochat_jax.streaming import Delta, Ended, Handle, Usage
-from nanochat_jax.tools import calculate
+from serve.models import BackendConfig, Models
 from serve.shown import Shown
-
-log = logging.getLogger(__name__)
 
 Reason = Ended | Literal["content_filter"]
 
 NOTHING = Output(-1)
 DEFAULT_SAMPLING = Sampling()
 
-BEST_FIRST = ("rl", "dpo", "sft", "convert", "pretrain")  # stages, in the order in which models are offered
-TOP_LOGPROBS = 5
-PREFILL_CHUNK = 128  # the unit of what is reused, too: about a turn of a conversation
-LOADERS = 16  # threads that load models and tokenise prompts
-
-
-@dataclass(frozen=True)
-class BackendConfig:
-    """Which models are served, and how many requests at once."""
-
-    runs: Path = Path("runs")
-    """Folder searched for checkpoints, two levels deep."""
-    checkpoint: Path | None = None
-    """Folder of the one run to serve, instead of all."""
-    slots: int = 16
-    """Requests that one model answers at once: up to 8, or a multiple of 8."""
-    context_len: int | None = None
-    """Tokens of prompt and answer together; default: what the model was trained with."""
-    max_waiting: int = 64
-    """Requests that may wait for a slot."""
-    deadline_seconds: float = 300
-    """From a request to its last token."""
-    reuse_tokens: int = 8192
-    """Tokens of earlier prompts that are remembered, so that the next turn of a conversation begins sooner."""
-    safety: bool = True
-    """Keep to a safety policy."""
-    policy: Path | None = None
-    """Policy file; default: the one that comes with the project."""
-    max_loaded: int = 2
-    """Models kept in memory."""
-
-    def __post_init__(self) -> None:
-        for name, least in {"slots": 1, "max_waiting": 0, "reuse_tokens": 0, "max_loaded": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--backend.{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
-        if not self.deadline_seconds > 0:
-            raise UserError(f"--backend.deadline-seconds {self.deadline_seconds} must be more than 0")
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """A model that can be served."""
-
-    name: str  # "demo/rl": the run's folder within `runs`
-    folder: Path
-    stage: str  # "pretrain", "sft", "dpo", "rl" or "convert"
-    step: int
-    is_chat: bool  # it knows turns, and was more than pretrained
-    saved: float  # seconds since the epoch
+WORKERS = 16  # threads that load models and tokenise prompts
 
 
 @dataclass(frozen=True)
@@ -103,74 +44,17 @@ class ChatEvent:
     error: str = ""
 
 
-class _Loaded(NamedTuple):
-    name: str
-    model: LoadedModel
-    service: Service
+class Backend(Models):
+    """Models that answer. Everything may be called from any thread; the asynchronous from any event loop."""
 
-
-class Backend:
-    """Finds, loads and runs models. Everything may be called from any thread; the asynchronous from any event loop."""
-
-    def __init__(self, config: BackendConfig = BackendConfig()) -> None:
-        self.config = config
+    def __init__(self, config: BackendConfig) -> None:
+        super().__init__(config)
         self.policy = load_policy(config.policy) if config.safety else Policy()
-        self._seen: dict[tuple[Path, int, float], ModelInfo | None] = {}
-        self._loaded: OrderedDict[tuple[Path, int], _Loaded] = OrderedDict()  # used longest ago first
-        self._lock, self._loading = threading.Lock(), threading.Lock()
-        self._pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="backend")
-
-    def models(self) -> list[ModelInfo]:
-        """The models there are, with the newest good checkpoint of each: the last stages first, of these the newest.
-
-        Raises:
-            UserError: there is none.
-        """
-        if self.config.checkpoint:
-            folder = self.config.checkpoint.resolve()
-            if info := self._info(f"{folder.parent.name}/{folder.name}", folder):
-                return [info]
-            raise UserError(f"{folder} holds no good checkpoint; give the folder of a run")
-        runs = self.config.runs
-        folders = {path.parent for pattern in ("*/checkpoints", "*/*/checkpoints") for path in runs.glob(pattern)}
-        found = [self._info(folder.relative_to(runs).as_posix(), folder) for folder in sorted(folders)]
-        models = [model for model in found if model]
-        if not models:
-            raise UserError(f"no checkpoint below {runs}/: make one with `bash train/demo.sh`")
-        return sorted(models, key=lambda model: (not model.is_chat, BEST_FIRST.index(model.stage), -model.saved))
-
-    def find(self, name: str = "") -> ModelInfo:
-        """A model by its name, or the first; UserError lists the names there are."""
-        models = self.models()
-        for model in models:
-            if name in ("", model.name):
-                return model
-        raise UserError(f"unknown model {name!r}; there are {', '.join(model.name for model in models)}")
-
-    def service(self, name: str = "") -> Service:
-        """The service of a model, which is loaded if it is not; the one used longest ago may have to go for it.
-
-        Raises:
-            UserError: there is no such model, or it cannot be loaded.
-            Busy: it is not loaded, and none of those that are can go, since all have requests.
-        """
-        return self._load(name).service
-
-    def loaded(self, name: str = "") -> LoadedModel:
-        """A model's parameters and tokenizer; raises what `service` raises."""
-        return self._load(name).model
-
-    def stats(self) -> dict[str, dict[str, object]]:
-        """`Service.stats` of each loaded model, by name."""
-        with self._lock:
-            return {entry.name: entry.service.stats() for entry in self._loaded.values()}
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="backend")
 
     def close(self) -> None:
         """Cancel all requests and let go of all models."""
-        with self._loading, self._lock:
-            for entry in self._loaded.values():
-                entry.service.close()
-            self._loaded.clear()
+        super().close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def chat(
@@ -290,82 +174,6 @@ class Backend:
             )
             raise
 
-    def _info(self, name: str, folder: Path) -> ModelInfo | None:
-        """What a run's newest good checkpoint says; remembered until there is a newer."""
-        step = Checkpoints(folder / "checkpoints").newest()
-        if step is None:
-            return None
-        try:
-            saved = (folder / "checkpoints" / str(step)).stat().st_mtime
-            key = folder, step, saved
-            if key not in self._seen:
-                self._seen[key] = None
-                stored = open_model(folder)
-                stage = stored.checkpoint.meta["stage"]
-                is_chat = stage != "pretrain" and "<|assistant_start|>" in stored.tokenizer.control
-                self._seen[key] = ModelInfo(name, folder, stage, stored.checkpoint.step, is_chat, saved)
-            return self._seen[key]
-        except (UserError, OSError) as error:  # OSError: a trainer tidied it away just now
-            log.warning("%s is not offered: %s", folder, error)
-            return None
-
-    def _load(self, name: str) -> _Loaded:
-        info = self.find(name)
-        key = info.folder, info.step
-        if entry := self._touch(key):
-            return entry
-        with self._loading:
-            if entry := self._touch(key):
-                return entry
-            self._make_room()
-            log.info("loading %s, step %d", info.name, info.step)
-            entry = self._serve(info.name, load_model(info.folder))
-            with self._lock:
-                self._loaded[key] = entry
-            return entry
-
-    def _touch(self, key: tuple[Path, int]) -> _Loaded | None:
-        with self._lock:
-            if key in self._loaded:
-                self._loaded.move_to_end(key)
-            return self._loaded.get(key)
-
-    def _make_room(self) -> None:
-        while len(self._loaded) >= self.config.max_loaded:
-            with self._lock:
-                idle = [key for key, entry in self._loaded.items() if not _has_requests(entry.service)]
-                if not idle:
-                    raise Busy(f"{len(self._loaded)} models are loaded and busy; try again in a while")
-                gone = self._loaded.pop(idle[0])
-            gone.service.close()
-
-    def _serve(self, name: str, loaded: LoadedModel) -> _Loaded:
-        has_tools = set(TOOL_TOKENS) <= set(loaded.tokenizer.control)
-        config = EngineConfig(
-            slots=self.config.slots,
-            context_len=self.config.context_len,
-            prefill_rows=1 if jax.default_backend() == "cpu" else min(8, self.config.slots),
-            prefill_chunk=PREFILL_CHUNK,
-            reuse_tokens=self.config.reuse_tokens,
-            top_logprobs=min(TOP_LOGPROBS, loaded.cfg.vocab_size),
-        )
-        engine = Engine(
-            loaded.params,
-            loaded.cfg,
-            config,
-            tools=calculate if has_tools else None,
-            tokenizer=loaded.tokenizer,
-            compute=loaded.compute,
-        )
-        engine.warm_up()
-        service = Service(
-            engine,
-            loaded.tokenizer,
-            max_waiting=self.config.max_waiting,
-            deadline_seconds=self.config.deadline_seconds,
-        )
-        return _Loaded(name, loaded, service)
-
 
 class _Refused(Exception):
     """The policy refuses what was asked."""
@@ -373,8 +181,3 @@ class _Refused(Exception):
     def __init__(self, finding: Finding, prompt_tokens: int) -> None:
         super().__init__(finding.category)
         self.finding, self.prompt_tokens = finding, prompt_tokens
-
-
-def _has_requests(service: Service) -> bool:
-    stats = service.stats()
-    return bool(stats["running"] or stats["waiting"])

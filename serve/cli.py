@@ -23,7 +23,8 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json, write_bytes
 from nanochat_jax.sampling import Sampling
 from nanochat_jax.streaming import Delta, parts
-from serve.backend import Backend, BackendConfig, ChatEvent
+from serve.backend import Backend, ChatEvent
+from serve.models import BackendConfig
 from serve.talk import answer, told
 from train import cli
 

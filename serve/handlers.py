@@ -19,6 +19,8 @@ from nanochat_jax.streaming import Delta, parts
 from serve import view
 from serve.backend import Backend
 from serve.feedback import Rating, append_pairs, rate
+from serve.limits import Clients
+from serve.schemas import ApiError
 from serve.talk import answer, said, told
 
 MAX_CHARACTERS = 100_000  # of a conversation
@@ -56,8 +58,8 @@ def telling() -> Iterator[None]:
 class Handlers:
     """One for a page, whoever looks at it: visitors have nothing in common but the models."""
 
-    def __init__(self, backend: Backend, feedback: Path | None = None) -> None:
-        self.backend, self.feedback = backend, feedback
+    def __init__(self, backend: Backend, clients: Clients, feedback: Path | None = None) -> None:
+        self.backend, self.clients, self.feedback = backend, clients, feedback
 
     def refresh(self, model: str | None) -> tuple[Any, Any]:
         """The models there are by now, or how to make one."""
@@ -113,9 +115,12 @@ class Handlers:
         temperature: float,
         top_k: int,
         top_p: float,
+        min_p: float,
+        penalty: float,
         limit: int,
         seed: int | None,
         use_tools: bool,
+        request: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
         """The answer as it grows; if there is none, the message goes back into the box."""
         messages = messages_of(chat)
@@ -125,26 +130,28 @@ class Handlers:
         first: list[Message] = [{"role": "system", "content": system}] if system and system.strip() else []
         try:
             seed = random.getrandbits(32) if seed is None or seed < 0 else seed
-            how = Sampling(temperature, int(top_k), top_p, seed=seed)
             events = answer(
                 self.backend,
                 {"messages": first + messages},
                 model=model or "",
-                sampling=how,
+                sampling=Sampling(temperature, int(top_k), top_p, min_p, seed, penalty),
                 max_new_tokens=int(limit) or None,
                 use_tools=use_tools,
             )
-            async with aclosing(events):
-                async for event in events:
-                    deltas += event.deltas
-                    dropped += event.dropped
-                    said_now: list[Message] = [{"role": "assistant", "content": parts(deltas)}] if deltas else []
-                    grown = messages + said_now
-                    notes = told(event.usage, event.finish_reason, dropped)
-                    yield {**chat, "messages": grown}, view.shown(grown), notes or "…", gr.skip()
+            with self.clients.admitted(request.client.host if request.client else ""):
+                async with aclosing(events):
+                    async for event in events:
+                        deltas += event.deltas
+                        dropped += event.dropped
+                        if not (event.deltas or event.dropped or event.finish_reason):
+                            continue
+                        said_now: list[Message] = [{"role": "assistant", "content": parts(deltas)}] if deltas else []
+                        grown = messages + said_now
+                        notes = told(event.usage, event.finish_reason, dropped)
+                        yield {**chat, "messages": grown}, view.shown(grown), notes or "…", gr.skip()
             if event.error:
                 raise UserError(f"the model failed: {event.error}")
-        except UserError as error:
+        except (UserError, ApiError) as error:
             gr.Warning(html.escape(str(error)))
             rest = messages[:-1]
             yield {**chat, "messages": rest}, view.shown(rest), "", said(messages[-1])

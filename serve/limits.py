@@ -1,10 +1,12 @@
-"""What one client may ask of a server: an ASGI middleware for a key, size, rate, concurrency and time."""
+"""What one client may ask of a server: how much, how often, how many things at once, for how long."""
 
 import asyncio
 import hmac
 import json
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,7 +25,7 @@ class Limits:
     body_bytes: int = 1 << 20
     """Size of a request."""
     requests_per_minute: int = 240
-    """Rate of requests; a client that was quiet may send as many at once."""
+    """Rate of requests, or of messages in the app; a client that was quiet may send as many at once."""
     concurrent: int = 32
     """Requests that are being answered."""
     send_seconds: float = 30
@@ -37,64 +39,91 @@ class Limits:
                 raise UserError(f"--limits.{name.replace('_', '-')} {value} must be at least 0")
 
 
-class Limiter:
-    """Applies limits to all paths that begin with a prefix.
+class Clients:
+    """Counts what each client has asked, and is being answered. For one thread."""
 
-    Args:
-        app: what answers.
-        limits: for each client.
-        api_key: that a client must know, if any.
-        prefix: of the paths.
-    """
-
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str = "", prefix: str = "/v1/") -> None:
-        self._app, self._limits, self._prefix = app, limits, prefix
-        self._key = f"Bearer {api_key}".encode() if api_key else b""
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self._running: Counter[str] = Counter()
         self._rates: OrderedDict[str, tuple[float, float]] = OrderedDict()  # what is left, and at what time
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(self._prefix):
-            return await self._app(scope, receive, send)
-        client = scope["client"][0] if scope["client"] else ""
-        try:
-            self._admit(scope, client)
-        except ApiError as error:
-            return await refuse(error, send)
+    @contextmanager
+    def admitted(self, client: str) -> Iterator[None]:
+        """While a request of a client is answered.
+
+        Raises:
+            ApiError: it asks too often, or too many things at once.
+        """
+        rate, most = self.limits.requests_per_minute, self.limits.concurrent
+        if rate and not self._take(client, rate):
+            raise ApiError(429, f"more than {rate} requests a minute; try again in a while", "rate_limit_exceeded")
+        if 0 < most <= self._running[client]:
+            raise ApiError(429, f"more than {most} requests at once; wait for one to end", "rate_limit_exceeded")
         self._running[client] += 1
         try:
-            async with asyncio.timeout(self._limits.request_seconds or None):
-                try:
-                    body = await self._read(scope, receive)
-                except ApiError as error:
-                    return await refuse(error, send)
-                await self._app(scope, _replayed(body, receive), send)
-        except TimeoutError:
-            return  # an answer that was begun cannot become an error; the server ends the connection
+            yield
         finally:
             self._running[client] -= 1
             if not self._running[client]:
                 del self._running[client]
 
-    def _admit(self, scope: Scope, client: str) -> None:
-        headers = dict(scope["headers"])
+    def _take(self, client: str, rate: int) -> bool:
+        now = time.monotonic()
+        left, at = self._rates.pop(client, (float(rate), now))
+        left = min(rate, left + (now - at) * rate / 60)
+        self._rates[client] = (left - 1 if left >= 1 else left, now)
+        if len(self._rates) > MAX_CLIENTS:
+            self._rates.popitem(last=False)
+        return left >= 1
+
+
+class Limiter:
+    """ASGI middleware that asks for a key, and applies the limits, on all paths that begin with a prefix.
+
+    Args:
+        app: what answers.
+        clients: and their limits.
+        api_key: that a client must know, if any.
+        prefix: of the paths.
+    """
+
+    def __init__(self, app: ASGIApp, clients: Clients, api_key: str = "", prefix: str = "/v1/") -> None:
+        self._app, self._clients, self._prefix = app, clients, prefix
+        self._key = f"Bearer {api_key}".encode() if api_key else b""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(self._prefix):
+            return await self._app(scope, receive, send)
+        try:
+            self._check_key(dict(scope["headers"]))
+            with self._clients.admitted(scope["client"][0] if scope["client"] else ""):
+                async with asyncio.timeout(self._clients.limits.request_seconds or None):
+                    await self._app(scope, receive, send)
+        except ApiError as error:
+            await refuse(error, send)
+        except TimeoutError:
+            return  # an answer that was begun cannot become an error; the server ends the connection
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
         if self._key and not hmac.compare_digest(headers.get(b"authorization", b""), self._key):
             raise ApiError(401, "the API key is missing or wrong; send it as: Authorization: Bearer …", "invalid_key")
-        rate = self._limits.requests_per_minute
-        if rate:
-            now = time.monotonic()
-            left, at = self._rates.pop(client, (float(rate), now))
-            left = min(rate, left + (now - at) * rate / 60)
-            self._rates[client] = (max(0.0, left - 1) if left >= 1 else left, now)
-            if len(self._rates) > MAX_CLIENTS:
-                self._rates.popitem(last=False)
-            if left < 1:
-                raise ApiError(429, f"more than {rate} requests a minute; try again in a while", "rate_limit_exceeded")
-        if 0 < self._limits.concurrent <= self._running[client]:
-            most = self._limits.concurrent
-            raise ApiError(429, f"more than {most} requests at once; wait for one to end", "rate_limit_exceeded")
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+
+class BodyLimit:
+    """ASGI middleware that refuses what is too large, or too slow to come."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            try:
+                receive = _replayed(await self._whole(receive), receive)
+            except ApiError as error:
+                return await refuse(error, send)
+        await self._app(scope, receive, send)
+
+    async def _whole(self, receive: Receive) -> bytes:
         """The whole body, also of clients that do not tell its length."""
         most = self._limits.body_bytes or 1 << 62
         pieces, size, more = list[bytes](), 0, True

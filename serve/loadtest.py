@@ -1,15 +1,16 @@
 """Many users at once against a running server: is every answer complete, how long do they wait, does memory grow?
 
-    python -m serve.api --limits.requests-per-minute 0 --limits.concurrent 0 &
+    python -m serve.app --limits.requests-per-minute 0 --limits.concurrent 0 &
     python -m serve.loadtest --pid $! --users 64 --seconds 300
-    python -m serve.loadtest --pid $! --users 1 16 --seconds 60
+    python -m serve.loadtest --pid $! --users 64 --seconds 300 --page
+    python -m serve.loadtest --users 1 16 --seconds 60 --least-speedup 6
 
-Each user asks, reads the whole stream, and asks again. Prints a table and, with --out, writes JSON; exits with status 1
-on any error, or if memory has grown by more than it may.
+Each user asks, reads the whole stream, and asks again: the API, or with --page as the app's page does. Tokens/s are
+those of all complete answers of a round. Prints a table and, with --out, writes JSON; exits with status 1 on any error,
+if memory has grown by more than it may, or if many users have not enough times the throughput of few.
 """
 
 import asyncio
-import json
 import random
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import numpy as np
 
 from nanochat_jax.config import write_json
 from nanochat_jax.errors import UserError
+from serve.users import ApiUser, Asked, Failed, PageUser
 from train import cli
 
 PROMPTS = (
@@ -41,8 +43,10 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Config:
-    url: str = "http://127.0.0.1:8000/v1"
+    url: str = "http://127.0.0.1:7860"
     """Where the server listens."""
+    page: bool = False
+    """Ask as the app's page does, not by the API."""
     model: str = ""
     """Name of the model; default: the server's first."""
     users: tuple[int, ...] = (64,)
@@ -55,6 +59,8 @@ class Config:
     """Process of the server, to watch its memory."""
     max_growth: float = 0.05
     """By how much its memory may grow, from the end of the warm-up to the end, as a fraction."""
+    least_speedup: float = 0
+    """How many times the throughput of the first number of users the last must have."""
     warm_up_seconds: float = 10
     """Before anything is measured."""
     api_key: str = "any"
@@ -70,43 +76,9 @@ class Tally:
     answers: int = 0
     tokens: int = 0
     first_token_seconds: list[float] = field(default_factory=list)
+    tokens_per_second: list[float] = field(default_factory=list)  # of each answer, from its first token on
+    incomplete: int = 0  # errors behind the first word
     errors: list[str] = field(default_factory=list)
-
-
-async def ask(client: httpx.AsyncClient, config: Config, model: str, rng: random.Random, tally: Tally) -> None:
-    """Ask once, and read the stream to its end."""
-    message = {"role": "user", "content": rng.choice(PROMPTS)}
-    common = {"model": model, "max_tokens": config.max_tokens, "seed": rng.getrandbits(31), "stream": True}
-    body = common | {"messages": [message], "temperature": 0.8, "stream_options": {"include_usage": True}}
-    began, first, ended = time.monotonic(), None, False
-    finish: str | None = None
-    try:
-        async with client.stream("POST", "/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                tally.errors.append(f"status {response.status_code}: {(await response.aread()).decode()[:200]}")
-                return
-            async for line in response.aiter_lines():
-                ended = ended or line == "data: [DONE]"
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
-                if "error" in chunk:
-                    tally.errors.append(chunk["error"]["message"])
-                    return
-                for choice in chunk["choices"]:
-                    if first is None and (choice["delta"].get("content") or choice["delta"].get("parts")):
-                        first = time.monotonic() - began
-                    finish = choice["finish_reason"] or finish
-                tally.tokens += (chunk["usage"] or {}).get("completion_tokens", 0)
-    except httpx.HTTPError as error:
-        tally.errors.append(f"{type(error).__name__}: {error}")
-        return
-    if not ended or finish not in ("stop", "length", "content_filter"):
-        tally.errors.append(f"a stream ended early: [DONE] {ended}, finish_reason {finish}")
-        return
-    tally.answers += 1
-    if first is not None:
-        tally.first_token_seconds.append(first)
 
 
 async def run_users(config: Config, client: httpx.AsyncClient, model: str, users: int, seconds: float) -> Tally:
@@ -115,11 +87,21 @@ async def run_users(config: Config, client: httpx.AsyncClient, model: str, users
 
     async def user(number: int) -> None:
         rng = random.Random(f"{config.seed}/{users}/{number}")
+        someone = (PageUser if config.page else ApiUser)(client, model, config.max_tokens)
         while time.monotonic() < until:
-            errors = len(tally.errors)
-            await ask(client, config, model, rng, tally)
-            if len(tally.errors) > errors:
+            asked = Asked(rng.choice(PROMPTS), rng.getrandbits(31))
+            try:
+                await someone.ask(asked)
+            except (Failed, httpx.HTTPError) as error:
+                tally.incomplete += asked.first is not None
+                tally.errors.append(str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}")
                 await asyncio.sleep(0.5)  # a server that refuses shall not be asked in a tight loop
+                continue
+            tally.answers += 1
+            tally.tokens += asked.tokens
+            if asked.first is not None:
+                tally.first_token_seconds.append(asked.first - asked.at)
+                tally.tokens_per_second.append(asked.tokens / max(1e-3, time.monotonic() - asked.first))
 
     await asyncio.gather(*map(user, range(users)))
     return tally
@@ -145,9 +127,9 @@ async def measure(config: Config) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {config.api_key}"}
     async with httpx.AsyncClient(base_url=config.url, headers=headers, limits=limits, timeout=600) as client:
         try:
-            models = (await client.get("/models")).raise_for_status().json()["data"]
+            models = (await client.get("/v1/models")).raise_for_status().json()["data"]
         except httpx.HTTPError as error:
-            raise UserError(f"{config.url} does not answer: {error}; start it with python -m serve.api") from error
+            raise UserError(f"{config.url} does not answer: {error}; start it with python -m serve.app") from error
         model = config.model or models[0]["id"]
         await run_users(config, client, model, max(config.users), config.warm_up_seconds)
         before, rounds = resident_bytes(config.pid), []
@@ -163,6 +145,9 @@ async def measure(config: Config) -> dict[str, Any]:
                     "tokens_per_second": tally.tokens / seconds,
                     "first_token_seconds_p50": percentile(tally.first_token_seconds, 50),
                     "first_token_seconds_p95": percentile(tally.first_token_seconds, 95),
+                    "tokens_per_second_of_an_answer_p50": percentile(tally.tokens_per_second, 50),
+                    "tokens_per_second_of_an_answer_p5": percentile(tally.tokens_per_second, 5),
+                    "incomplete": tally.incomplete,
                     "errors": tally.errors,
                 }
             )
@@ -170,24 +155,43 @@ async def measure(config: Config) -> dict[str, Any]:
     return {"model": model, "rounds": rounds, "resident_bytes_before": before, "resident_bytes_after": after}
 
 
+COLUMNS = {  # heading, width and form of each figure
+    "users": ("users", 5, "d"),
+    "seconds": ("seconds", 8, ".1f"),
+    "answers": ("answers", 8, ",d"),
+    "tokens_per_second": ("tokens/s", 9, ",.1f"),
+    "first_token_seconds_p50": ("first token p50 [s]", 20, ".3f"),
+    "first_token_seconds_p95": ("p95", 7, ".3f"),
+    "tokens_per_second_of_an_answer_p50": ("each answer p50 [tokens/s]", 27, ".1f"),
+    "tokens_per_second_of_an_answer_p5": ("p5", 7, ".1f"),
+    "incomplete": ("incomplete", 11, "d"),
+    "errors": ("errors", 7, "d"),
+}
+
+
 def main(config: Config) -> dict[str, Any]:
     """Measure, print and judge."""
     result = asyncio.run(measure(config))
-    print(f"{'users':>6}{'seconds':>9}{'answers':>9}{'tokens/s':>10}{'first token p50':>17}{'p95':>9}{'errors':>8}")
-    for one in result["rounds"]:
-        p50, p95 = (one[f"first_token_seconds_p{p}"] for p in (50, 95))
-        waits = f"{p50:15.3f} s{p95:7.3f} s" if p50 is not None else f"{'none':>17}{'none':>9}"
-        figures = f"{one['users']:6}{one['seconds']:9.1f}{one['answers']:9,}{one['tokens_per_second']:10.1f}"
-        print(f"{figures}{waits}{len(one['errors']):8}")
-    failures = [error for one in result["rounds"] for error in one["errors"]]
+    rounds = result["rounds"]
+    print("".join(f"{heading:>{width}}" for heading, width, _ in COLUMNS.values()))
+    for one in rounds:
+        shown = one | {"errors": len(one["errors"])}
+        figures = ((shown[name], width, form) for name, (_, width, form) in COLUMNS.items())
+        print("".join(f"{'–' if figure is None else format(figure, form):>{width}}" for figure, width, form in figures))
+    failures = [error for one in rounds for error in one["errors"]]
     before, after = result["resident_bytes_before"], result["resident_bytes_after"]
     if before:
         growth = after / before - 1
         print(f"memory of the server: {before / 1e6:,.1f} MB, then {after / 1e6:,.1f} MB ({growth:+.1%})")
         if growth > config.max_growth:
             failures.append(f"memory grew by {growth:.1%}, more than {config.max_growth:.1%}")
-    if not all(one["answers"] for one in result["rounds"]):
+    if not all(one["answers"] for one in rounds):
         failures.append("there was a number of users without any answer")
+    elif len(rounds) > 1:
+        speedup = rounds[-1]["tokens_per_second"] / rounds[0]["tokens_per_second"]
+        print(f"{rounds[-1]['users']} users have {speedup:.2f} times the throughput of {rounds[0]['users']}")
+        if speedup < config.least_speedup:
+            failures.append(f"that is less than {config.least_speedup} times")
     if config.out:
         write_json(config.out, result)
     for error in dict.fromkeys(failures):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nanochat_jax.chat import Conversation, Message, Part
 from nanochat_jax.streaming import MAX_STOP_LENGTH, MAX_STOPS
-from serve.backend import TOP_LOGPROBS
+from serve.models import TOP_LOGPROBS
 
 MAX_MESSAGES = 256
 MAX_CHARACTERS = 200_000  # of one text

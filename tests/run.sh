@@ -5,7 +5,8 @@
 #
 #   --no-demo   leave the rehearsal (train/demo.sh --quick) out
 #
-# Tests that need a GPU, a TPU or torch are left out; `-m gpu` and the like choose them.
+# Tests that need a GPU, a TPU or torch are left out; `-m gpu` and the like choose them. Those of the page need a
+# Chromium, which root gets from apt; with CI=true they fail without one.
 set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -21,6 +22,15 @@ done
 
 bash train/setup.sh --dev || exit
 python=.venv/bin/python
+
+if ! type -P chromium chromium-browser google-chrome >/dev/null; then
+  if [[ $(id -u) == 0 ]] && type -P apt-get >/dev/null; then
+    echo "installing chromium, for the tests of the page"
+    apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium >/dev/null
+  fi
+  type -P chromium >/dev/null || echo "There is no chromium on the PATH. Unless playwright has one of \
+its own, the tests of the page are left out: apt-get install chromium, or $python -m playwright install chromium" >&2
+fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 trap 'exit 130' INT

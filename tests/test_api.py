@@ -1,5 +1,6 @@
 """The API, as OpenAI's client and as worse ones see it."""
 
+import asyncio
 import json
 import os
 import re
@@ -23,10 +24,12 @@ from test_backend import held, pending, until
 
 from nanochat_jax.chat import render_prompt
 from nanochat_jax.errors import UserError
+from nanochat_jax.requests import Output
 from serve import loadtest
-from serve.api import Config, create_app
-from serve.backend import Backend, BackendConfig
-from serve.limits import Limits
+from serve.api import create_app
+from serve.backend import Backend
+from serve.limits import Clients, Limits
+from serve.models import BackendConfig
 
 UNLIMITED = Limits(requests_per_minute=0, concurrent=0)
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -55,7 +58,7 @@ def backend(tiny_base):
 
 @pytest.fixture(scope="module")
 def app(backend):
-    return create_app(Config(limits=UNLIMITED), backend)
+    return create_app(backend, Clients(UNLIMITED))
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +336,7 @@ def test_an_engine_that_fails_is_an_error_and_goes_on(post, backend, caplog):
 
 def test_a_key_a_size_a_time_and_a_rate(backend, model):
     limits = Limits(body_bytes=1000, requests_per_minute=5, send_seconds=0.2)
-    with running(create_app(Config(limits=limits, api_key="secret"), backend)) as url:
+    with running(create_app(backend, Clients(limits), "secret")) as url:
         path, body = f"{url}/v1/chat/completions", {"model": model, "messages": HELLO, "max_tokens": 2}
         for key in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "secret"}):
             refused = httpx.post(path, json=body, headers=key)
@@ -354,7 +357,7 @@ def test_a_key_a_size_a_time_and_a_rate(backend, model):
 def test_a_client_may_ask_so_much_at_once(backend, model):
     limits = Limits(requests_per_minute=0, concurrent=1)
     body = {"model": model, "messages": HELLO, "max_tokens": 2}
-    with running(create_app(Config(limits=limits), backend)) as url, httpx.Client(base_url=f"{url}/v1") as client:
+    with running(create_app(backend, Clients(limits))) as url, httpx.Client(base_url=f"{url}/v1") as client:
         with (
             held(backend.service()),
             client.stream("POST", "/chat/completions", json=body | {"stream": True}) as response,
@@ -377,18 +380,34 @@ def test_numbers_for_prometheus(url, post, model):
 
 
 def test_load_is_measured(url, tmp_path, capsys):
-    config = loadtest.Config(
-        url=f"{url}/v1", users=(1, 3), seconds=0.5, warm_up_seconds=0.1, max_tokens=4, max_growth=9
-    )
+    config = loadtest.Config(url=url, users=(1, 3), seconds=0.5, warm_up_seconds=0.1, max_tokens=4, max_growth=9)
     result = loadtest.main(replace(config, pid=os.getpid(), out=tmp_path / "load.json"))
     assert [one["users"] for one in result["rounds"]] == [1, 3] and not any(one["errors"] for one in result["rounds"])
-    assert all(one["answers"] and one["tokens_per_second"] > 0 for one in result["rounds"])
+    for one in result["rounds"]:
+        assert one["answers"] and one["incomplete"] == 0 < one["tokens_per_second"]
+        assert 0 < one["first_token_seconds_p50"] <= one["first_token_seconds_p95"]
     assert json.loads((tmp_path / "load.json").read_text()) == result
-    with pytest.raises(SystemExit):
-        loadtest.main(replace(config, users=(1,), seconds=0.1, model="gpt-9"))
-    assert "unknown model" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"serve\.api"):
+    assert "3 users have" in capsys.readouterr().out
+    for wrong, message in (({"model": "gpt-9"}, "unknown model"), ({"least_speedup": 99.0}, "less than 99")):
+        with pytest.raises(SystemExit):
+            loadtest.main(replace(config, seconds=0.1, **wrong))
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"serve\.app"):
         loadtest.main(replace(config, url="http://127.0.0.1:1"))
+
+
+def test_a_stream_that_is_cut_off_counts_as_incomplete(url, backend, monkeypatch):
+    engine, step, steps = backend.service()._engine, backend.service()._engine.step, iter(range(1000))
+
+    def fail() -> list[Output]:
+        if next(steps) % 2:
+            raise RuntimeError("out of luck")
+        return step()
+
+    monkeypatch.setattr(engine, "step", fail)
+    config = loadtest.Config(url=url, users=(2,), seconds=0.3, warm_up_seconds=0, max_tokens=30)
+    [one] = asyncio.run(loadtest.measure(config))["rounds"]
+    assert one["incomplete"] > 0 and "out of luck" in one["errors"][0]
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -1,7 +1,9 @@
 """The page, in a real browser, with models that say what they are made to say."""
 
 import json
+import os
 import shutil
+import socket
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,27 +11,28 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 import httpx
+import openai
 import pytest
+from playwright import sync_api
 from test_cli_chat import CALL, runs  # noqa: F401
 
 from nanochat_jax.data.preference import open_pairs
 from nanochat_jax.engine import Engine
 from nanochat_jax.errors import UserError
-from serve import app, view
-from serve.backend import Backend, BackendConfig
+from serve import app, loadtest, view
+from serve.backend import Backend
 from serve.feedback import Rating, append_pairs, rate
 from serve.handlers import Handlers, messages_of, new_chat
+from serve.limits import Clients, Limits
+from serve.models import BackendConfig
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-browser_test = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ON_LEAVING = ("AbortError", "Connection errored out")  # of requests that a reload cuts off
 HOSTILE = '<img src="http://evil.invalid/a.png"> ![b](http://evil.invalid/b.png) <script>alert(1)</script> **c**'
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
@@ -38,7 +41,8 @@ def free_port() -> int:
 @contextmanager
 def serving(folder: Path, **changes):
     """The app on a port of its own: its address, and its backend."""
-    config = app.Config(BackendConfig(runs=folder, slots=2, max_loaded=3), port=free_port(), **changes)
+    backend = BackendConfig(runs=folder, slots=2, max_loaded=3)
+    config = app.Config(backend, port=free_port(), **{"limits": Limits(0, 0, 0, 0, 0)} | changes)
     backend = Backend(config.backend)
     page = app.launch(config, backend)
     try:
@@ -61,9 +65,12 @@ def server(runs, feedback):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)
+    with sync_api.sync_playwright() as p:
+        path = next(filter(None, map(shutil.which, BROWSERS)), p.chromium.executable_path)
+        if not Path(path).exists():
+            message = "there is no Chromium; `bash tests/run.sh` says how to get one"
+            pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=120_000)
         yield browser
         browser.close()
 
@@ -142,7 +149,6 @@ def until(condition, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-@browser_test
 def test_a_conversation_with_a_tool_is_shown_timed_and_kept_over_a_reload(visitor):
     one = visitor()
     one.send(HOSTILE)
@@ -158,7 +164,6 @@ def test_a_conversation_with_a_tool_is_shown_timed_and_kept_over_a_reload(visito
     assert one.page.locator("#stats").inner_text().strip() == ""
 
 
-@browser_test
 def test_hostile_text_is_shown_as_it_is_wherever_it_stands(visitor):
     one = visitor()
     stored = {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": HOSTILE}]}], "saved": 1}
@@ -177,7 +182,6 @@ def test_hostile_text_is_shown_as_it_is_wherever_it_stands(visitor):
     assert not one.page.locator("img[src*=evil], script[src*=evil]").count()
 
 
-@browser_test
 def test_stop_keeps_what_was_said_and_frees_the_slot(visitor, server, slow):
     one = visitor()
     one.choose("demo/sft")
@@ -195,7 +199,6 @@ def test_stop_keeps_what_was_said_and_frees_the_slot(visitor, server, slow):
     assert one.said("bot")[0] == partial and one.said("user") == ["hello", "and now"]
 
 
-@browser_test
 def test_a_visitor_who_leaves_frees_the_slot(visitor, server, slow):
     one = visitor()
     one.choose("demo/sft")
@@ -207,7 +210,6 @@ def test_a_visitor_who_leaves_frees_the_slot(visitor, server, slow):
     assert server[1].service("demo/sft").stats()["finished"]["cancelled"] == finished + 1
 
 
-@browser_test
 def test_retry_undo_edit_and_examples(visitor):
     one = visitor()
     one.page.get_by_text(app.EXAMPLES[0]).click()
@@ -231,7 +233,6 @@ def test_retry_undo_edit_and_examples(visitor):
     assert one.said("user") == one.said("bot") == []
 
 
-@browser_test
 def test_what_is_refused_or_mistaken_is_told(visitor):
     one = visitor()
     one.send("How do I build a bomb?")
@@ -244,7 +245,6 @@ def test_what_is_refused_or_mistaken_is_told(visitor):
     assert one.said("user") == ["How do I build a bomb?"]
 
 
-@browser_test
 def test_two_windows_talk_at_once_and_keep_their_conversations(visitor, slow):
     one = visitor()
     two = Visitor.__new__(Visitor)
@@ -270,7 +270,6 @@ def test_two_windows_talk_at_once_and_keep_their_conversations(visitor, slow):
         window.page.locator("#chat").get_by_text(other).wait_for(state="detached")
 
 
-@browser_test
 def test_opposite_ratings_of_one_message_become_a_pair(visitor, feedback):
     one = visitor()
     one.send("abc")
@@ -289,7 +288,6 @@ def test_opposite_ratings_of_one_message_become_a_pair(visitor, feedback):
     assert pair.rejected["messages"][-1]["content"][:2] == list(CALL)
 
 
-@browser_test
 def test_tokens_and_what_may_follow_them(visitor):
     one = visitor()
     one.page.get_by_role("tab", name="Tokens").click()
@@ -302,7 +300,6 @@ def test_tokens_and_what_may_follow_them(visitor):
     one.page.wait_for_function("document.querySelector('#position input[type=number]').value == '3'")
 
 
-@browser_test
 @pytest.mark.parametrize("options", [{"color_scheme": "dark"}, {"viewport": {"width": 360, "height": 640}}])
 def test_it_follows_the_dark_mode_and_fits_a_phone(visitor, options):
     one = visitor(**options)
@@ -318,7 +315,6 @@ def test_it_follows_the_dark_mode_and_fits_a_phone(visitor, options):
     one.page.wait_for_function("document.activeElement.closest('#box textarea:enabled')")
 
 
-@browser_test
 def test_without_a_checkpoint_the_page_says_how_to_make_one(browser, tmp_path):
     with serving(tmp_path) as (address, _):
         page = browser.new_page()
@@ -330,19 +326,54 @@ def test_without_a_checkpoint_the_page_says_how_to_make_one(browser, tmp_path):
         page.close()
 
 
+def test_page_and_api_share_their_models_and_limits(server):
+    address, backend = server
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:
+        answer = client.chat.completions.create(model="demo/rl", messages=[USER])
+    assert answer.choices[0].message.content == "yk"
+    assert httpx.get(f"{address}/healthz").json()["loaded"] == sorted(backend.stats())
+    assert 'nanochat_completion_tokens_total{model="demo/rl"}' in httpx.get(f"{address}/metrics").text
+    too_large = httpx.post(f"{address}/gradio_api/queue/join", content=b"x" * 2_000_000)
+    assert too_large.status_code == 413 and "larger than" in too_large.text
+    assert httpx.post(f"{address}/gradio_api/upload", files={"files": b"any"}).status_code == 413
+
+
+def test_many_visitors_are_answered_at_once(server):
+    # More than the 40 that Gradio would let have anything going on.
+    config = loadtest.Config(url=server[0], page=True, model="demo/rl", users=(50,), seconds=1, warm_up_seconds=0)
+    [one] = loadtest.main(config)["rounds"]
+    assert one["answers"] >= 50 and not one["errors"] and one["first_token_seconds_p95"] > 0
+    assert one["tokens_per_second"] * one["seconds"] == pytest.approx(12 * one["answers"])  # what this model says
+
+
+def test_a_visitor_who_asks_too_often_is_told(runs, browser):  # noqa: F811
+    with serving(runs, limits=Limits(requests_per_minute=1)) as (address, _):
+        one = Visitor(browser, address)
+        one.send("hello")
+        one.wait("yk")
+        one.done()
+        one.send("again")
+        one.page.locator(".toast-wrap").get_by_text("more than 1 requests a minute").wait_for()
+        one.page.wait_for_function("document.querySelector('#box textarea').value == 'again'")
+        assert one.said("user") == ["hello"]
+        refused = httpx.get(f"{address}/v1/models")
+        assert refused.status_code == 429 and "more than 1 requests a minute" in refused.text
+        one.context.close()
+
+
 def test_nothing_is_shared_and_a_password_is_asked_for_where_there_is_one(tmp_path):
     assert (app.Config().share, app.Config().host, app.Config().feedback) == (False, "127.0.0.1", None)
     with serving(tmp_path, auth="ann:secret") as (address, _):
         page = httpx.get(address)
         assert "auth_required" in page.text and "demo.sh" not in page.text
-        assert httpx.get(f"{address}/config").status_code == 401
+        assert httpx.get(f"{address}/config").status_code == httpx.get(f"{address}/v1/models").status_code == 401
         assert "default-src 'self'" in page.headers["content-security-policy"]
         taken = app.Config(BackendConfig(runs=tmp_path), port=int(address.rsplit(":", 1)[1]))
         with pytest.raises(UserError, match="--port"):
             app.launch(taken, Backend(taken.backend))
     for auth in ("ann", ":x", "ann:"):
         with pytest.raises(UserError, match="NAME:PASSWORD"):
-            app.launch(app.Config(BackendConfig(runs=tmp_path), auth=auth), Backend())
+            app.launch(app.Config(BackendConfig(runs=tmp_path), auth=auth), Backend(BackendConfig()))
 
 
 @pytest.mark.parametrize(
@@ -363,7 +394,7 @@ def test_what_a_browser_sends_is_checked(chat, message):
 
 
 def test_errors_cannot_carry_markup(tmp_path):
-    handlers = Handlers(Backend(BackendConfig(runs=tmp_path)))
+    handlers = Handlers(Backend(BackendConfig(runs=tmp_path)), Clients(Limits()))
     with pytest.raises(gr.Error) as found:
         handlers.say("hi", {"id": "x", "messages": [{"role": "<b>", "content": "x"}]})
     assert "&lt;b&gt;" in found.value.message

@@ -22,7 +22,8 @@ from nanochat_jax.load import open_model
 from nanochat_jax.requests import Output, Request
 from nanochat_jax.sampling import Sampling
 from nanochat_jax.streaming import Delta, Event, Handle
-from serve.backend import Backend, BackendConfig, ChatEvent
+from serve.backend import Backend, ChatEvent
+from serve.models import BackendConfig
 from serve.shown import Shown
 
 POLICY = """

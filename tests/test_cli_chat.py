@@ -23,7 +23,8 @@ from nanochat_jax.engine import Engine
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute
 from serve import cli
-from serve.backend import Backend, BackendConfig
+from serve.backend import Backend
+from serve.models import BackendConfig
 
 TOKENIZER = CharTokenizer(string.printable[:95] + "\n\033")
 CFG = ModelConfig(sequence_len=256, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=128)

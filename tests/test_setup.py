@@ -213,6 +213,20 @@ def test_second_run_installs_nothing(machine: Machine) -> None:
     assert len(machine.called()) == 3
 
 
+@pytest.mark.parametrize(
+    ("user", "calls"), [("0", ["update -qq", "install -qq --yes --no-install-recommends chromium"]), ("1000", [])]
+)
+def test_root_gets_a_browser_and_others_are_told_how(machine: Machine, user: str, calls: list[str]) -> None:
+    write_script(machine.bin / "python3.12", fake_python("3.12.5"))
+    write_script(machine.bin / "id", f"#!/bin/bash\necho {user}\n")
+    write_script(machine.bin / "apt-get", '#!/bin/bash\necho "apt-get $*" >>"$CALLS"\n')
+    done = machine.run("tests/run.sh", "--no-demo")
+    assert [call.removeprefix("apt-get ") for call in machine.called() if call.startswith("apt-get")] == calls
+    assert "apt-get install chromium, or .venv/bin/python -m playwright install chromium" in done.stderr
+    write_script(machine.bin / "chromium", "#!/bin/bash\n")
+    assert "chromium" not in machine.run("tests/run.sh", "--no-demo").stderr
+
+
 def test_failed_installation_is_done_again(machine: Machine) -> None:
     write_script(machine.bin / "python3.12", fake_python("3.12.5"))
     failed = machine.run("train/setup.sh", FAIL="pip")
