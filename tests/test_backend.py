@@ -72,7 +72,7 @@ def held(service: Service) -> Iterator[None]:
     """Let no request get on meanwhile."""
     engine, go_on = service._engine, threading.Event()
     step = engine.step
-    engine.step = lambda: go_on.wait(30) and step()
+    engine.step = lambda: go_on.wait(300) and step()
     try:
         yield
     finally:
@@ -85,7 +85,7 @@ def pending(service: Service) -> list[Handle]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.01)
