@@ -68,7 +68,7 @@ def telling(what: str, remedy: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         module = type(error).__module__.partition(".")[0]
-        if not isinstance(error, OSError) and module not in ("gcsfs", "google", "aiohttp"):
+        if not isinstance(error, (OSError, EOFError)) and module not in ("gcsfs", "google", "aiohttp", "_lzma"):
             raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{what}: {reason}{remedy}") from error

@@ -1,8 +1,8 @@
 """Sources: every document once, in stable order, and every fault named with its place."""
 
 import json
+import lzma
 import os
-import socket
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ from nanochat_jax.data import sources
 from nanochat_jax.data.records import encode_example
 from nanochat_jax.data.sources import open_source
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import as_path, write_bytes
 
 
 def read(spec: str, unit_bytes: int = sources.UNIT_BYTES) -> list[str]:
@@ -181,10 +182,10 @@ def test_tfds_folder(tmp_path):
 
 
 def test_tfds_set_that_is_not_there_fails_fast(monkeypatch, tmp_path):
-    def offline(*args, **kwargs):
-        raise OSError("no network")
+    def offline(url):
+        raise UserError("no network")
 
-    monkeypatch.setattr(socket, "create_connection", offline)
+    monkeypatch.setattr(sources, "require_network", offline)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"ag_news_subset.*no network"):
         open_source("tfds:ag_news_subset#description")
@@ -229,3 +230,97 @@ def test_fingerprint_follows_the_corpus(tmp_path):
     assert open_source(f"text:{tmp_path}/*.txt").fingerprint == before
     (tmp_path / "b.txt").write_text("y")
     assert open_source(f"text:{tmp_path}/*.txt").fingerprint != before
+
+
+def compressed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".xz":
+        return lzma.compress(data)
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}[suffix]) as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_compressed_lines(tmp_path, suffix):
+    texts = write_jsonl(tmp_path / "a.jsonl", 5000)
+    data = compressed((tmp_path / "a.jsonl").read_bytes(), suffix)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(data)
+    assert read(f"jsonl:{tmp_path}/a.jsonl{suffix}#body", 100) == texts
+    (tmp_path / f"cut.jsonl{suffix}").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=rf"cannot read .*cut\.jsonl{suffix}"):
+        read(f"jsonl:{tmp_path}/cut.jsonl{suffix}#body")
+    (tmp_path / f"none.jsonl{suffix}").write_bytes(b"not compressed at all" * 100)
+    with pytest.raises(UserError, match=rf"cannot read .*none\.jsonl{suffix}"):
+        read(f"jsonl:{tmp_path}/none.jsonl{suffix}#body")
+
+
+def test_faults_in_compressed_lines_name_the_line(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(compressed(b'{"body": "x"}\n\n{"other": "y"}\n', ".gz"))
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz, line 3 \(byte 15\)"):
+        read(f"jsonl:{tmp_path}/a.jsonl.gz#body")
+
+
+def test_compressed_text_is_cut_at_line_ends(tmp_path):
+    text = "".join(f"line {i} é\n" for i in range(1000))
+    (tmp_path / "a.txt.zst").write_bytes(compressed(text.encode(), ".zst"))
+    documents = read(f"text:{tmp_path}/*.zst", 1000)
+    assert "".join(documents) == text and len(documents) > 10 and all(len(d.encode()) <= 1000 for d in documents)
+    assert read(f"text:{tmp_path}/*.zst") == [text]
+
+
+def write_array_record(path: Path, records: list[bytes]) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def test_array_records(tmp_path):
+    texts = [f"text {i} é" for i in range(50)]
+    write_array_record(tmp_path / "plain", [text.encode() for text in texts])
+    assert read(f"arrayrecord:{tmp_path}/plain") == read(f"arrayrecord:{tmp_path}/plain", 100) == texts
+    write_array_record(tmp_path / "examples", [encode_example(text.encode()) for text in texts])
+    assert read(f"arrayrecord:{tmp_path}/examples#tokens", 100) == texts
+    with pytest.raises(UserError, match=r"examples, record 0.*body"):
+        read(f"arrayrecord:{tmp_path}/examples#body")
+    write_array_record(tmp_path / "bad", [b"good", b"\xff"])
+    with pytest.raises(UserError, match="bad, record 1 is not UTF-8"):
+        read(f"arrayrecord:{tmp_path}/bad")
+    (tmp_path / "cut").write_bytes((tmp_path / "plain").read_bytes()[:-20_000])
+    with pytest.raises(UserError, match=r"cut: not a readable ArrayRecord file"):
+        read(f"arrayrecord:{tmp_path}/cut")
+
+
+def test_a_slice_of_the_files(tmp_path):
+    for name in "cab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert read(f"text:{tmp_path}/*.txt[:2]") == ["a", "b"] and read(f"text:{tmp_path}/*.txt[1:]") == ["b", "c"]
+    assert read(f"text:{tmp_path}/[ab].txt") == ["a", "b"]
+    with pytest.raises(UserError, match="asks for file number 4, and there are 3"):
+        read(f"text:{tmp_path}/*.txt[:4]")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_bucket_reads_as_a_disk(bucket, tmp_path, suffix):
+    texts = write_jsonl(tmp_path / "a.jsonl", 300)
+    remote = as_path(bucket)
+    data = (tmp_path / "a.jsonl").read_bytes()
+    write_bytes(remote / f"a.jsonl{suffix}", compressed(data, ".gz") if suffix else data)
+    assert read(f"jsonl:{bucket}/*.jsonl{suffix}#body", 2000) == texts
+    write_bytes(remote / f"a.txt{suffix}", compressed(data, ".gz") if suffix else data)
+    assert "".join(read(f"text:{bucket}/a.txt{suffix}", 2000)).encode() == data
+    if not suffix:
+        pq.write_table(pa.table({"body": texts}), tmp_path / "a.parquet", row_group_size=100)
+        write_array_record(tmp_path / "a.array_record", [text.encode() for text in texts])
+        for name in ("a.parquet", "a.array_record"):
+            write_bytes(remote / name, (tmp_path / name).read_bytes())
+        assert read(f"parquet:{bucket}/*.parquet#body", 2000) == texts
+        assert len(open_source(f"parquet:{bucket}/*.parquet#body", 2000).units) == 3
+        assert read(f"arrayrecord:{bucket}/a.array_record", 2000) == texts
+    with pytest.raises(UserError, match=f"no file matches '{bucket}/nothing"):
+        read(f"text:{bucket}/nothing*")
+    with pytest.raises(UserError, match=r"\*\*"):
+        read(f"text:{bucket}/**/a.txt")

@@ -8,6 +8,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,8 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_jax.chat import Conversation, check_conversation
-from nanochat_jax.data.sources import matching_files, open_registered_tfds, place_and_name
+from nanochat_jax.data import hub
+from nanochat_jax.data.formats import matching_files, open_stream, place_and_name
+from nanochat_jax.data.sources import open_registered_tfds
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import as_path, staged
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,9 @@ def _jsonl(pattern: str) -> Sequence[Row]:
 
 
 def _jsonl_file(path: str) -> Sequence[Row]:
-    lines = [(n, line) for n, line in enumerate(Path(path).read_bytes().split(b"\n"), 1) if line.strip()]
+    with open_stream(path) as file:
+        content = file.read()
+    lines = [(n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip()]
 
     def get(index: int) -> Row:
         number, line = lines[index]
@@ -134,29 +140,17 @@ def _parquet(pattern: str) -> Sequence[Row]:
 
 def _parquet_file(path: str) -> Sequence[Row]:
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(staged(as_path(path)))
     except pa.ArrowException as error:
         raise UserError(f"{path}: not a readable Parquet file (truncated?): {error}") from error
     return Lazy(len(table), lambda i: Row(f"{path}, row {i:,}", table.slice(i, 1).to_pylist()[0]))
 
 
 def _hub(argument: str) -> Sequence[Row]:
-    from huggingface_hub import snapshot_download
-
     name, pattern = place_and_name("hub", argument, "GLOB")
-    try:
-        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=[pattern]))
-    except (OSError, ValueError) as error:  # no network, no such data set, a name that can be none
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"cannot get {name!r} from the hub ({reason}). Where there is a network, run\n"
-            f"  hf download {name} --repo-type dataset --include '{pattern}'\n"
-            "and copy ~/.cache/huggingface here, or name local files: jsonl:GLOB or parquet:GLOB"
-        ) from error
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise UserError(f"the hub's data set {name!r} has no file {pattern!r}")
-    return concatenate([(_parquet_file if file.suffix == ".parquet" else _jsonl_file)(str(file)) for file in files])
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(hub.fetch, hub.list_files(name, pattern)))
+    return concatenate([(_parquet_file if path.suffix == ".parquet" else _jsonl_file)(str(path)) for path in paths])
 
 
 def _tfds(argument: str) -> Sequence[Row]:

