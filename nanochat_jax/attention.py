@@ -7,7 +7,7 @@ segments are given. Scores are scaled by 1/sqrt(head_dim) and the softmax runs i
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.cache import KVCache, slot_positions, write
+from nanochat_jax.cache import EmptyCache, KVCache, slot_positions, write
 
 QUERY_CHUNK = 256  # queries a block of the chunked backend: small enough to skip most of what is masked
 KEY_BLOCK = 128  # keys a block where one query looks into a cache on a CPU
@@ -65,6 +65,7 @@ def attend_cached(
     counts_B: jax.Array,
     *,
     window: int,
+    backend: str = "xla",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention of a chunk over what a layer's cache holds and the chunk itself.
 
@@ -76,12 +77,15 @@ def attend_cached(
         layer: which.
         counts_B: how many of the T tokens are real; the others' outputs mean nothing.
         window: keys seen before the query's own.
+        backend: of attention within the chunk, where the cache is an EmptyCache.
 
     Returns:
         (B, T, N, H) in q's dtype, and the layer's new keys and values.
     """
     old_keys, old_values, lengths_B = cache.keys[layer], cache.values[layer], cache.lengths_B
     keys, values = write(old_keys, k_BTKH, lengths_B, counts_B), write(old_values, v_BTKH, lengths_B, counts_B)
+    if isinstance(cache, EmptyCache):
+        return attend(q_BTNH, k_BTKH, v_BTKH, window=window, backend=backend), keys, values
     T, S = q_BTNH.shape[1], old_keys.shape[2]
     t_1T = jnp.arange(T, dtype=jnp.int32)[None, :]
     positions_BT = lengths_B[:, None] + t_1T

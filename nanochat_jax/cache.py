@@ -20,6 +20,12 @@ class KVCache(NamedTuple):
     last_embed_BD: jax.Array  # embedding of the last token before smear; zero in an empty row
 
 
+class EmptyCache(KVCache):
+    """A cache that is known to hold nothing when a program is compiled, so that attention need not look into it."""
+
+    __slots__ = ()
+
+
 def init_cache(cfg: Architecture, batch: int, dtype: str, max_len: int | None = None) -> KVCache:
     """An empty cache for rows of up to max_len tokens (default: the model's sequence_len)."""
     slots = [min(max_len or cfg.sequence_len, spec.window + 1) for spec in cfg.layer_specs()]

@@ -127,8 +127,9 @@ class Block(nn.Module):
         keys, values = k_BTNH, v_BTNH
         if cache is not None:
             mixed, keys, values = attention.attend_cached(
-                q_BTNH, k_BTNH, v_BTNH, cache, self.layer, counts_B, window=cfg.sequence_len
-            )
+                q_BTNH, k_BTNH, v_BTNH, cache, self.layer, counts_B,
+                window=cfg.sequence_len, backend=self.compute.attention,
+            )  # fmt: skip
         elif cfg.dropout and self.has_rng("dropout"):
             mixed = _attend_dropping(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, drop)
         else:
@@ -192,9 +193,8 @@ class GPT2(nn.Module):
         x_BTD = _layer_norm("ln_f", cfg, dtype)(x_BTD)
         if cache is None:
             return x_BTD, None
-        return x_BTD, cache._replace(
-            keys=tuple(new_keys), values=tuple(new_values), lengths_B=cache.lengths_B + counts_B
-        )
+        lengths_B = cache.lengths_B + counts_B
+        return x_BTD, KVCache(tuple(new_keys), tuple(new_values), lengths_B, cache.last_embed_BD)
 
 
 @dataclass(frozen=True)

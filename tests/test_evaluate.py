@@ -22,7 +22,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.eval import baselines
 from nanochat_jax.eval.chat import CHATCORE, Evaluator
 from nanochat_jax.metrics import read_metrics
-from train import evaluate, prepare, pretrain, tokenizer
+from train import evaluate, prepare, pretrain, suites, tokenizer
 from train.stage import RunConfig
 
 WORDS = ["ab", "Bürger", "state", "of", "the", "Union", "日本", "a|b", "year", "1867", "fellow", "citizens"]
@@ -114,7 +114,7 @@ def test_main_measures_stores_and_prints(run, capsys):
     assert all(0 < bits < 10 for bits in bpb["bits_per_byte"].values())
     logged = [record["val_bpb"] for record in read_metrics(run / "base") if "val_bpb" in record]
     assert bpb["bits_per_byte"]["this model"] == pytest.approx(logged[-1], rel=1e-5)
-    assert [entry["prompt"] for entry in sample["samples"]] == list(evaluate.PROMPTS)
+    assert [entry["prompt"] for entry in sample["samples"]] == list(suites.PROMPTS)
     assert bpb["seconds"] > 0
     printed = capsys.readouterr().out
     assert f"{bpb['bits_per_byte']['gzip -9']:.4f}" in printed
@@ -127,7 +127,7 @@ def test_reuses_what_was_measured_on_the_same_checkpoint_and_data(run, monkeypat
     def fail(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(evaluate, "make_evaluator", fail)
+    monkeypatch.setattr(suites, "make_evaluator", fail)
     both = evaluate.main(config(run))
     assert both["suites"]["bpb"] == first["suites"]["bpb"]
     assert "sample" in both["suites"]
@@ -233,7 +233,7 @@ def test_an_interruption_keeps_the_tasks_that_were_done(chat, measured, monkeypa
 
 
 def test_names_of_tasks():
-    assert evaluate.task_specs("chatcore,spelling,mmlu=jsonl:a_{split}") == {
+    assert suites.task_specs("chatcore,spelling,mmlu=jsonl:a_{split}") == {
         **{name: name for name in CHATCORE}, "mmlu": "mmlu=jsonl:a_{split}", "spelling": "spelling",
     }  # fmt: skip
 
@@ -251,10 +251,10 @@ def test_chatcore_is_shown_where_there_is_one(capsys):
         "tasks": {"gsm8k": task | {"too_long": 3}}, "chatcore": 0.25, "mean_centred": 0.5,
         "compilations": {"categorical": 0, "engine": 4},
     }  # fmt: skip
-    evaluate.show_chat(shown)
+    suites.show_chat(shown)
     printed = capsys.readouterr().out
     assert "ChatCORE 0.2500; mean of 1 tasks" in printed and "3 prompts fill the context" in printed
-    evaluate.show_chat(shown | {"chatcore": None})
+    suites.show_chat(shown | {"chatcore": None})
     assert "ChatCORE" not in capsys.readouterr().out
 
 
@@ -267,7 +267,7 @@ def test_suites_follow_from_the_data():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"suite": "bpb,sing"}, "unknown suite 'sing'; choose from bpb, sample, chat"),
+        ({"suite": "bpb,sing"}, "unknown suite 'sing'; choose from core, bpb, sample, chat"),
         ({"suite": "chat,bpb", "data": None}, "suite bpb .* add --data"),
         ({"rows": 0}, "--rows 0 must be at least 1"),
         ({"slots": 0}, "--slots 0"),

@@ -2,8 +2,9 @@
 
     python -m train.bench train --model.depth 12 --batch 32
     python -m train.bench decode --model.depth 12 --batches 1 8 32 128
+    python -m train.bench core --tokenizer runs/demo/tokenizer/tokenizer.model
 
-Times are medians over repeats of several calls each, after warming up. Tokens are random, so no data is needed.
+Times are medians over repeats of several calls each, after warming up. Weights are random, and tokens too but for CORE.
 """
 
 import json
@@ -30,6 +31,7 @@ from nanochat_jax.profile import kernels_by_time
 from nanochat_jax.sampling import Sampling, SamplingArrays
 from nanochat_jax.sharding import MeshConfig
 from train import cli
+from train.bench_core import Core, bench_core
 from train.pretrain import ModelArgs, language_model_loss
 from train.stage import ComputeConfig, at_least
 
@@ -261,12 +263,17 @@ def decode_row(
 TABLES = ("wte", "value_embed")  # only looked up in
 
 
-Command = Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Decode, tyro.conf.subcommand("decode")]
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Decode, tyro.conf.subcommand("decode")]
+    | Annotated[Core, tyro.conf.subcommand("core")]
+)
+BENCHES: dict[type, Callable[[Any], dict[str, Any]]] = {Train: bench_train, Decode: bench_decode, Core: bench_core}
 
 
 def main(config: Command) -> dict[str, Any]:
     """Measure, print and return."""
-    measured = bench_train(config) if isinstance(config, Train) else bench_decode(config)
+    measured = BENCHES[type(config)](config)
     device = jax.devices()[0]
     result = {
         "config": to_json(config),

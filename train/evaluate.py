@@ -1,41 +1,27 @@
-"""Measure a trained model: bits per byte of held-out text, beside what simpler methods need; samples; chat tasks.
+"""Measure a trained model: bits per byte of held-out text, beside what simpler methods need; samples; CORE; chat tasks.
 
     python -m train.evaluate --checkpoint runs/demo/base --data runs/demo/data
+    python -m train.evaluate --checkpoint runs/demo/base --suite core
     python -m train.evaluate --checkpoint runs/demo/sft --tasks chatcore,spelling --examples 200
+
+docs/evaluation.md says what the figures mean.
 
 The results go to evaluation.json in the checkpoint's folder. What was measured before on the same checkpoint and data
 is not measured again, unless with --force; chat tasks are kept one by one.
 """
 
 import json
-import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax
-from tqdm import tqdm
+from typing import Any
 
 from nanochat_jax import sharding
 from nanochat_jax.config import to_json, write_json
-from nanochat_jax.data.batches import validation_batches
-from nanochat_jax.data.pretrain import open_split
 from nanochat_jax.errors import UserError
-from nanochat_jax.eval.baselines import baselines
-from nanochat_jax.eval.bpb import make_evaluator
-from nanochat_jax.eval.chat import CHATCORE, Evaluator, Sizes, chatcore
-from nanochat_jax.generate import continue_texts, usable_prompts
-from nanochat_jax.load import LoadedModel, load_model
-from nanochat_jax.sampling import Sampling
-from nanochat_jax.tasks import open_task
+from nanochat_jax.load import load_model
 from train import cli
 from train.stage import at_least
-
-PROMPTS = ("", "", "The", "My fellow citizens", "In the year")  # the empty ones leave the model free to begin
-SAMPLE_TOKENS = 96
-SAMPLING = Sampling(temperature=0.8, top_k=50)
+from train.suites import SUITES, Subject
 
 
 @dataclass(frozen=True)
@@ -45,19 +31,21 @@ class Config:
     data: Path | None = None
     """Folder made by train.prepare, with the same tokenizer; bpb measures on its validation split."""
     suite: str | None = None
-    """What to measure, separated by commas: bpb (bits per byte), sample (texts the model writes), chat (tasks of a
-    chat model); default: bpb,sample where --data is given, chat where it is not."""
+    """What to measure, separated by commas: core (CORE's tasks for base models), bpb (bits per byte), sample (texts the
+    model writes), chat (tasks of a chat model); default: bpb,sample where --data is given, chat where it is not."""
     step: int | None = None
     """Checkpoint to use; default: the newest good one."""
     rows: int = 8
-    """Sequences that one device computes at a time."""
+    """Sequences of the model's length that one device computes at a time; of shorter ones more."""
+    bundle: Path | None = None
+    """For core: folder of the tasks' files, as unzipped; default: downloaded once."""
     force: bool = False
     """Measure again what is there already."""
     tasks: str = "spelling,counting,arithmetic,identity,refusals"
     """For chat: names of tasks, separated by commas; chatcore stands for the five of ChatCORE. NAME=SOURCE, such as
     gsm8k=jsonl:data/gsm8k_{split}.jsonl, reads a task's examples from there and not from the hub."""
     examples: int = 0
-    """For chat: take so many examples of each task, the first; 0 for all."""
+    """For core and chat: take so many examples of each task, the first; 0 for all."""
     slots: int = 32
     """For chat: answers that one device samples at a time."""
     max_new_tokens: int = 512
@@ -74,142 +62,6 @@ class Config:
     @property
     def suites(self) -> list[str]:
         return (self.suite or ("bpb,sample" if self.data else "chat")).split(",")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured, and how."""
-
-    config: Config
-    mesh: jax.sharding.Mesh
-    model: LoadedModel
-
-
-def measure_bpb(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Bits per byte of the whole validation split: the model's and the baselines'."""
-    tok, mesh, data = subject.model.tokenizer, subject.mesh, subject.config.data
-    assert data is not None
-    train, val = (
-        open_split(data, split, tokenizer_sha256=tok.sha256, sequence_len=subject.model.cfg.sequence_len)
-        for split in ("train", "val")
-    )
-    if before.get("data") == val.manifest.fingerprint and not subject.config.force:
-        return
-    started = time.perf_counter()
-    rows = subject.config.rows * sharding.batch_devices(mesh)
-    evaluate = make_evaluator(subject.model.cfg, tok.byte_lengths, subject.model.compute)
-    batches = validation_batches(val, rows, process_index=jax.process_index(), process_count=jax.process_count())
-    progress = tqdm(batches, desc="bits per byte", unit="batch", total=math.ceil(len(val) / rows), disable=None)
-    measured = evaluate(subject.model.params, (sharding.put_batch(mesh, batch) for batch in progress))
-    yield {
-        "data": val.manifest.fingerprint,
-        "bytes": measured.bytes,
-        "tokens": measured.tokens,
-        "loss_nats_per_token": measured.loss,
-        "bits_per_byte": {"this model": measured.bpb, **baselines(train, val, tok)},
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-
-
-def show_bpb(result: dict[str, Any]) -> None:
-    (_, model), *others = result["bits_per_byte"].items()
-    print(f"held-out text: {result['bytes']:,} bytes, {result['tokens']:,} tokens\n")
-    print(f"{'':16}{'bits per byte':>15}{'against the model':>20}")
-    for name, value in result["bits_per_byte"].items():
-        print(f"{name:16}{value:15.4f}{value / model:19.2f}×")
-    better = [name for name, value in others if value <= model]
-    print(f"\nthe model {'does not beat ' + ', '.join(better) if better else 'beats all of them'}")
-
-
-def write_samples(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """How the model begins on its own, and how it continues a few prompts."""
-    if before and not subject.config.force:
-        return
-    started, loaded = time.perf_counter(), subject.model
-    prompts = usable_prompts(loaded.cfg, loaded.tokenizer, PROMPTS)
-    texts = continue_texts(
-        loaded.params,
-        loaded.cfg,
-        loaded.tokenizer,
-        prompts,
-        max_new_tokens=SAMPLE_TOKENS,
-        sampling=[replace(SAMPLING, seed=seed) for seed in range(len(prompts))],
-        compute=loaded.compute,
-    )
-    samples = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
-    seconds = round(time.perf_counter() - started, 2)
-    yield {"sampling": to_json(SAMPLING), "samples": samples, "seconds": seconds}
-
-
-def show_samples(result: dict[str, Any]) -> None:
-    for sample in result["samples"]:
-        print(f"  {sample['prompt']}│{sample['text']}\n")
-
-
-def measure_chat(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Accuracy in tasks, one after the other; tasks without data are named and left out."""
-    config, loaded, results = subject.config, subject.model, dict(before.get("tasks", {}))
-    sizes = Sizes(config.rows, config.slots, config.max_new_tokens)
-    evaluator = Evaluator(loaded.params, loaded.cfg, loaded.tokenizer, loaded.compute, subject.mesh, sizes)
-    left_out: dict[str, UserError] = {}
-    tasks = {name: (spec, open_task(spec)) for name, spec in task_specs(config.tasks).items()}
-    for name, (spec, task) in tasks.items():
-        asked = {"spec": spec, "limit": config.examples, "max_new_tokens": config.max_new_tokens}
-        if results.get(name, {}).get("asked") == asked and not config.force:
-            continue
-        try:
-            examples = list(task.examples("test")[: config.examples or None])
-        except UserError as error:
-            left_out[name] = error
-            print(f"\n{name} is left out: {error}")
-            continue
-        with tqdm(desc=name, unit="example", total=len(examples), disable=None) as bar:
-            results[name] = {"asked": asked, **to_json(evaluator.evaluate(task, examples, bar.update))}
-        yield {
-            "tasks": results,
-            "chatcore": chatcore(results),
-            "mean_centred": sum(result["centred"] for result in results.values()) / len(results),
-            "compilations": evaluator.compilations,
-            "seconds": round(sum(result["seconds"] for result in results.values()), 2),
-        }
-    if len(left_out) == len(tasks):
-        raise UserError(f"none of the tasks could be measured: {', '.join(left_out)}; see above")
-
-
-def task_specs(text: str) -> dict[str, str]:
-    """The spec of each task by its name; of several of one name the last."""
-    specs = [spec for part in text.split(",") for spec in (CHATCORE if part == "chatcore" else [part])]
-    return {spec.partition("=")[0]: spec for spec in specs}
-
-
-def show_chat(result: dict[str, Any]) -> None:
-    print(f"{'task':15}{'kind':13}{'accuracy':>9}{'95 % interval':>16}{'baseline':>10}{'examples':>10}{'seconds':>9}")
-    for name, task in result["tasks"].items():
-        low, high = task["interval"]
-        print(
-            f"{name:15}{task['kind']:13}{task['accuracy']:8.1%}{f'{low:.1%} – {high:.1%}':>17}"
-            f"{task['baseline']:10.0%}{task['examples']:10,}{task['seconds']:9.1f}"
-        )
-        if task["too_long"]:
-            print(f"{'':15}{task['too_long']:,} prompts fill the context and count as wrong")
-    mean = f"mean of {len(result['tasks'])} tasks, guessing at 0 and perfection at 1: {result['mean_centred']:.4f}"
-    print(f"\n{mean if result['chatcore'] is None else f'ChatCORE {result["chatcore"]:.4f}; {mean}'}")
-    compiled = result["compilations"]
-    print(f"programs compiled: {compiled['categorical']} to choose letters, {compiled['engine']} to sample answers")
-
-
-class Suite(NamedTuple):
-    """Measure, given the last result for this checkpoint, and yield what is new, more complete each time; show it."""
-
-    measure: Callable[[Subject, dict[str, Any]], Iterator[dict[str, Any]]]
-    show: Callable[[dict[str, Any]], None]
-
-
-SUITES = {
-    "bpb": Suite(measure_bpb, show_bpb),
-    "sample": Suite(write_samples, show_samples),
-    "chat": Suite(measure_chat, show_chat),
-}
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.eval import report as page
 from nanochat_jax.eval.report import Answer, Block, Code, Curves, Exchange, Table, Text, flat, side_by_side
 from nanochat_jax.files import write_bytes
-from train import cli, dpo, evaluate, prepare, pretrain, results, rl, sft, tokenizer
+from train import cli, dpo, evaluate, prepare, pretrain, results, rl, sft, suites, tokenizer
 from train.runs import Run, StageRun, gather
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
@@ -249,7 +249,7 @@ def main(config: Config) -> dict[str, Path]:
     for stage in run.stages.values():
         for name, result in stage.suites.items():
             if name != "chat":
-                evaluate.SUITES[name].show(result)
+                suites.SUITES[name].show(result)
     for block in sections["Tasks"] + sections["Beside other runs"]:
         print(f"\n{block.plain()}")
     print("report: " + ", ".join(map(str, paths.values())))

@@ -9,13 +9,11 @@ import hashlib
 import multiprocessing
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +36,7 @@ from nanochat_jax.data.sources import UNIT_BYTES, Source, open_source
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import locked, read_json
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.workers import exit_with_parent
 
 FEW_DOCUMENTS = 100
 
@@ -193,14 +192,7 @@ _worker: tuple[Job, Tokenizer]  # of this worker process
 def _start_worker(job: Job) -> None:
     global _worker
     _worker = (job, tokenizers.from_bytes(job.tokenizer))
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def exit_with_parent() -> None:  # a pool's workers outlive a killed parent otherwise
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    exit_with_parent()
 
 
 def _work(unit: int) -> int:
