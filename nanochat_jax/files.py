@@ -104,6 +104,15 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder and what is in it, if it is there."""
+    if is_remote(path):
+        folder: Any = path
+        folder.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(data)

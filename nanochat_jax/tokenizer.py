@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import write_bytes
+from nanochat_jax.files import as_path, telling, write_bytes
 
 CONTROL_TOKENS = (
     "<|bos|>",
@@ -45,6 +45,9 @@ _SPLIT = re.compile(
     r"|\s{1,64}(?!\S)"
     r"|\s{1,64}"
 )
+_CUT = re.compile(r"[^\W\d_](?=\s)")
+_SEGMENT_CHARACTERS = 1 << 12
+_MAX_SEGMENT_CHARACTERS = 1 << 20
 _MAX_SENTENCE_BYTES = 1 << 22
 _PRETOKENS_PER_SENTENCE = 1 << 12  # at most 130 characters of 4 bytes each, and a delimiter: below the limit
 
@@ -65,6 +68,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, none of them a control token; UserError for a lone surrogate."""
+
+    def segments(self, text: str) -> Iterable[str]:
+        """A text cut where it makes no difference to the ids; pieces are short where that saves time or memory."""
+        return (text,)
+
+    def encode_array(self, text: str, dtype: np.dtype) -> np.ndarray:
+        """Token ids of a text, (length,); takes little more memory than text and ids do, however long it is."""
+        return np.concatenate([np.array(self.encode(segment), dtype) for segment in self.segments(text)])
 
     @abstractmethod
     def to_bytes(self) -> bytes:
@@ -123,6 +134,7 @@ class SentencePieceTokenizer(Tokenizer):
         names = [self._processor.id_to_piece(i) for i in range(self._processor.vocab_size())]
         self.control = {name: names.index(name) for name in CONTROL_TOKENS}
         self.pieces = tuple(self._piece_bytes(i, name) for i, name in enumerate(names))
+        self._spans_words = any(_CUT.search(piece.decode(errors="replace")) for piece in self.pieces)
         self._space_mark_ids = [names.index(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
     def _piece_bytes(self, token: int, name: str) -> bytes:
@@ -134,12 +146,28 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         check_encodable(text)
-        first, *rest = text.split(_SPACE_MARK)
-        ids = self._processor.encode(first)
-        for part in rest:
-            ids += self._space_mark_ids
-            ids += self._processor.encode(part)
+        ids = []
+        for segment in self.segments(text):
+            first, *rest = segment.split(_SPACE_MARK)
+            ids += self._processor.encode(first)
+            for part in rest:
+                ids += self._space_mark_ids
+                ids += self._processor.encode(part)
         return ids
+
+    def segments(self, text: str) -> Iterator[str]:
+        """Stretches of some thousand characters: SentencePiece takes three times as long for a byte of a long text.
+
+        The cuts lie between a letter and white space, which no token spans; a million characters without such a place
+        are cut anywhere.
+        """
+        begin = 0
+        while len(text) - begin > _SEGMENT_CHARACTERS and not self._spans_words:
+            cut = _CUT.search(text, begin + _SEGMENT_CHARACTERS, begin + _MAX_SEGMENT_CHARACTERS)
+            end = cut.end() if cut else begin + _MAX_SEGMENT_CHARACTERS
+            yield text[begin:end]
+            begin = end
+        yield text[begin:]
 
     def to_bytes(self) -> bytes:
         return self._model
@@ -168,19 +196,12 @@ def _open_tiktoken(data: bytes) -> Tokenizer:
     return TiktokenTokenizer.from_bytes(data)
 
 
-KINDS: dict[str, Callable[[bytes], Tokenizer]] = {
-    SentencePieceTokenizer.kind: SentencePieceTokenizer,
-    "char": _open_char,
-    "tiktoken": _open_tiktoken,
-}
+KINDS: dict[str, Callable[[bytes], Tokenizer]]
+KINDS = {SentencePieceTokenizer.kind: SentencePieceTokenizer, "char": _open_char, "tiktoken": _open_tiktoken}
 
 
 def from_bytes(data: bytes) -> Tokenizer:
-    """Open a serialised tokenizer: a SentencePiece model, or a JSON object that names its kind.
-
-    Raises:
-        UserError: if the bytes are neither.
-    """
+    """Open a serialised tokenizer: a SentencePiece model, or a JSON object that names its kind; else UserError."""
     kind = SentencePieceTokenizer.kind
     if data.startswith(b"{"):
         try:
@@ -193,15 +214,11 @@ def from_bytes(data: bytes) -> Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    """Open a tokenizer file.
-
-    Raises:
-        UserError: if the file is missing, unreadable or not a tokenizer.
-    """
+    """Open a tokenizer file, on disk or in a bucket; UserError if it is missing, unreadable or not a tokenizer."""
+    with telling(f"cannot read tokenizer {path}", "; make one with `train.tokenizer`"):
+        data = as_path(path).read_bytes()
     try:
-        return from_bytes(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read tokenizer {path}: {error.strerror}; make one with `train.tokenizer`") from error
+        return from_bytes(data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -257,8 +274,9 @@ def _sentences(documents: Iterable[str], failures: list[Exception]) -> Iterator[
     try:
         for document in documents:
             text = document.replace(_SPACE_MARK, _DELIMITER).replace(_UNKNOWN_MARK, _DELIMITER)
-            for pretokens in batched(_SPLIT.findall(text), _PRETOKENS_PER_SENTENCE):
-                yield _DELIMITER.join(pretokens)
+            pretokens = (match[0] for match in _SPLIT.finditer(text))
+            for sentence in batched(pretokens, _PRETOKENS_PER_SENTENCE):
+                yield _DELIMITER.join(sentence)
     except Exception as error:
         failures.append(error)
         raise

@@ -162,16 +162,18 @@ def test_folder_of_another_recipe_is_refused(corpus, prepared, tmp_path):
 
 
 SLOW_RUN = """
-import sys, time
+import contextlib, sys, time
 from pathlib import Path
 from nanochat_jax.data import prepare, records
 from tests.test_prepare import make_config
-write = prepare.write_shard
-def slow(path, rows):
-    write(path, rows)
+writing = prepare.writing_shard
+@contextlib.contextmanager
+def slow(path):
+    with writing(path) as write:
+        yield write
     print(path.name, flush=True)
     time.sleep(0.3)
-prepare.write_shard = slow
+prepare.writing_shard = slow
 prepare.prepare(make_config(Path(sys.argv[1]), Path(sys.argv[2])))
 """
 

@@ -289,7 +289,8 @@ def test_array_records(tmp_path):
     write_array_record(tmp_path / "bad", [b"good", b"\xff"])
     with pytest.raises(UserError, match="bad, record 1 is not UTF-8"):
         read(f"arrayrecord:{tmp_path}/bad")
-    (tmp_path / "cut").write_bytes((tmp_path / "plain").read_bytes()[:-20_000])
+    whole = (tmp_path / "plain").read_bytes()
+    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"cut: not a readable ArrayRecord file"):
         read(f"arrayrecord:{tmp_path}/cut")
 

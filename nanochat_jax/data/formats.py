@@ -258,10 +258,10 @@ def array_record(argument: str, unit_bytes: int) -> tuple[list[Chunk], Reader]:
 def _open_array_record(path: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    try:
-        return ArrayRecordReader(str(staged(as_path(path))))  # its own I/O knows no buckets
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a readable ArrayRecord file (truncated?): {error}") from error
+    reader = ArrayRecordReader(str(staged(as_path(path))))  # its own I/O knows no buckets
+    if not reader.num_records() and stored_bytes(path):  # how it takes a file without an end
+        raise UserError(f"{path}: not a readable ArrayRecord file (truncated?)")
+    return reader
 
 
 def _read_array_record(chunk: Chunk, feature: str) -> Iterator[str]:

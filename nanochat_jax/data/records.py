@@ -1,5 +1,7 @@
 """Token records on disk: what a prepared folder holds, and how Grain and TFDS both come to open it."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,16 @@ class SplitStats:
 
 
 @dataclass(frozen=True)
+class UnitStats:
+    """What became of one work unit."""
+
+    empty_documents: int
+    train: SplitStats
+    val: SplitStats
+    sha256: str  # of the records
+
+
+@dataclass(frozen=True)
 class Manifest(Recipe):
     """Description of a finished folder: without it, the folder does not count as prepared."""
 
@@ -65,19 +77,34 @@ def load_manifest(folder: Path) -> Manifest:
     return from_json(Manifest, read_json(path), str(path))
 
 
+def begun_path(folder: Path) -> Path:
+    """Where a preparation that has begun leaves its recipe and the number of its units, until it is finished."""
+    return folder / ".work" / "recipe.json"
+
+
+def unit_stats_path(folder: Path, unit: int) -> Path:
+    """Where a finished unit leaves its UnitStats, until all are: the sign that its shards are whole."""
+    return folder / ".work" / f"{unit:05d}.json"
+
+
 def shard_path(folder: Path, split: str, unit: int, units: int) -> Path:
     """Name of a shard, in the form TFDS expects of a set called "records"."""
     return folder / f"records-{split}.array_record-{unit:05d}-of-{units:05d}"
 
 
-def write_shard(path: Path, records: list[bytes]) -> None:
-    """Write an ArrayRecord file in one step; groups of one record make random access cheap."""
+@contextlib.contextmanager
+def writing_shard(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """What appends a record to an ArrayRecord file, which appears when the block ends well.
+
+    Groups of one record make random access cheap.
+    """
     try:
         with replacing(path) as temporary:
             writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-            for record in records:
-                writer.write(encode_example(record))
-            writer.close()
+            try:
+                yield lambda record: writer.write(encode_example(record))
+            finally:
+                writer.close()
     except RuntimeError as error:  # how ArrayRecord reports a full disk
         raise UserError(f"cannot write {path}: {error}; free some space and run the same command again") from error
 
