@@ -273,7 +273,7 @@ def test_damage_is_named(files, damage):
 
 
 def test_download(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundle, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(bundle, "URL", "http://127.0.0.1:9/eval_bundle.zip")
     with pytest.raises(UserError, match=r"(?s)cannot download the CORE tasks.*curl -O http.*--bundle"):
         find_bundle()
@@ -298,8 +298,8 @@ def test_download(files, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(bundle, "URL", f"http://127.0.0.1:{server.server_port}/eval_bundle.zip")
         assert len(open_bundle(find_bundle())) == 3
         server.shutdown()
-    assert find_bundle() == tmp_path / "cache" / "nanochat_jax" / "eval_bundle", "kept: the server is gone"
-    assert [path.name for path in (tmp_path / "cache" / "nanochat_jax").iterdir()] == ["eval_bundle"]
+    assert find_bundle() == tmp_path / "cache" / "eval_bundle", "kept: the server is gone"
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["eval_bundle"]
 
 
 def test_rendering_in_processes_gives_the_same(files, tiny_data, monkeypatch):

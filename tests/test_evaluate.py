@@ -64,7 +64,7 @@ def run(tmp_path_factory, tmp_path) -> Path:
 
 
 def config(run: Path, **changes) -> evaluate.Config:
-    return dataclasses.replace(evaluate.Config(checkpoint=run / "base", data=run / "data", rows=1), **changes)
+    return dataclasses.replace(evaluate.Config(checkpoint=run / "base", data=str(run / "data"), rows=1), **changes)
 
 
 @pytest.mark.parametrize("program", ["gzip", "xz"])
@@ -108,16 +108,20 @@ def test_main_measures_stores_and_prints(run, capsys):
     assert result["step"] == 6
     manifest = load_manifest(run / "data")
     bpb, sample = result["suites"]["bpb"], result["suites"]["sample"]
-    assert bpb["data"] == manifest.fingerprint
-    assert (bpb["bytes"], bpb["tokens"]) == (manifest.val.bytes, manifest.val.tokens)
-    assert list(bpb["bits_per_byte"]) == ["this model", "unigram tokens", "gzip -9", "xz -9"]
-    assert all(0 < bits < 10 for bits in bpb["bits_per_byte"].values())
+    assert list(bpb["texts"]) == [str(run / "data")]
+    text = bpb["texts"][str(run / "data")]
+    assert text["fingerprint"] == manifest.fingerprint
+    assert (text["bytes"], text["tokens"]) == (manifest.val.bytes, manifest.val.tokens)
+    assert list(text["baselines"]) == ["unigram tokens", "gzip -9", "xz -9"]
+    assert all(0 < bits < 10 for bits in [text["bits_per_byte"], *text["baselines"].values()])
     logged = [record["val_bpb"] for record in read_metrics(run / "base") if "val_bpb" in record]
-    assert bpb["bits_per_byte"]["this model"] == pytest.approx(logged[-1], rel=1e-5)
+    assert text["bits_per_byte"] == pytest.approx(logged[-1], rel=1e-5)
+    low, high = text["interval"]
+    assert low < text["bits_per_byte"] < high < low + 1
     assert [entry["prompt"] for entry in sample["samples"]] == list(suites.PROMPTS)
     assert bpb["seconds"] > 0
     printed = capsys.readouterr().out
-    assert f"{bpb['bits_per_byte']['gzip -9']:.4f}" in printed
+    assert f"{text['baselines']['gzip -9']:.4f}" in printed and f"{low:.4f} – {high:.4f}" in printed
     assert "the model does not beat" in printed or "the model beats all" in printed
 
 
@@ -135,7 +139,8 @@ def test_reuses_what_was_measured_on_the_same_checkpoint_and_data(run, monkeypat
     with pytest.raises(AssertionError, match="measured again"):
         evaluate.main(config(run, force=True))
     assert set(evaluate.main(config(run, suite="sample", force=True))["suites"]) == {"bpb", "sample"}
-    other_data = {**both, "suites": {"bpb": {**both["suites"]["bpb"], "data": "other"}}}
+    texts = {name: {**text, "fingerprint": "other"} for name, text in both["suites"]["bpb"]["texts"].items()}
+    other_data = {**both, "suites": {"bpb": {**both["suites"]["bpb"], "texts": texts}}}
     for spoilt in (
         json.dumps(both | {"step": 5}),
         json.dumps(both | {"fingerprint": "0"}),
@@ -145,6 +150,31 @@ def test_reuses_what_was_measured_on_the_same_checkpoint_and_data(run, monkeypat
         (run / "base" / "evaluation.json").write_text(spoilt)
         with pytest.raises(AssertionError, match="measured again"):
             evaluate.main(config(run))
+
+
+def test_raw_text_gives_what_the_same_text_gives_prepared(run, tmp_path_factory):
+    """The validation split's text, written to files: packed the same way, it is the same rows."""
+    corpus = run / "corpus"
+    corpus.mkdir()
+    documents = [
+        path.read_text() for path in sorted((make_run(tmp_path_factory.getbasetemp()).parent / "corpus").iterdir())
+    ]
+    held_out = [split_document(text, few_documents=False, val_fraction=0.1)[1] for text in documents]
+    for number, text in enumerate(filter(None, held_out)):
+        (corpus / f"{number:03}.txt").write_text(text)
+    prepared = evaluate.main(config(run, suite="bpb"))["suites"]["bpb"]["texts"][str(run / "data")]
+    raw = evaluate.main(config(run, suite="bpb", data=f"text:{corpus}/*.txt"))["suites"]["bpb"]["texts"]
+    assert list(raw) == [str(run / "data"), f"text:{corpus}/*.txt"], "the one measured before is kept"
+    found = raw[f"text:{corpus}/*.txt"]
+    assert (found["bytes"], found["tokens"]) == (prepared["bytes"], prepared["tokens"])
+    assert found["bits_per_byte"] == pytest.approx(prepared["bits_per_byte"], rel=1e-6)
+    assert found["interval"] == pytest.approx(prepared["interval"], rel=1e-6)
+    assert found["baselines"]["gzip -9"] == pytest.approx(prepared["baselines"]["gzip -9"])
+    one = corpus / "000.txt"
+    single = evaluate.main(config(run, suite="bpb", data=str(one)))["suites"]["bpb"]["texts"][str(one)]
+    assert single["bytes"] == len(one.read_bytes()) and list(single["baselines"]) == ["gzip -9", "xz -9"]
+    with pytest.raises(UserError, match=r"'nowhere' is neither a folder that train.prepare made, nor a text file"):
+        evaluate.main(config(run, suite="bpb", data="nowhere"))
 
 
 @pytest.fixture
@@ -260,8 +290,8 @@ def test_chatcore_is_shown_where_there_is_one(capsys):
 
 def test_suites_follow_from_the_data():
     assert evaluate.Config(Path("x")).suites == ["chat"]
-    assert evaluate.Config(Path("x"), data=Path("y")).suites == ["bpb", "sample"]
-    assert evaluate.Config(Path("x"), data=Path("y"), suite="bpb,chat").suites == ["bpb", "chat"]
+    assert evaluate.Config(Path("x"), data="y").suites == ["bpb", "sample"]
+    assert evaluate.Config(Path("x"), data="y", suite="bpb,chat").suites == ["bpb", "chat"]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +312,7 @@ def test_refuses_what_makes_no_sense(changes, message):
 
 def test_refuses_what_does_not_fit(run, chat, tiny_data):
     with pytest.raises(UserError, match="tokenizer sha256"):
-        evaluate.main(config(run, data=tiny_data))
+        evaluate.main(config(run, data=str(tiny_data)))
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate.main(config(run, checkpoint=run / "data"))
     with pytest.raises(UserError, match="unknown task 'chess'"):

@@ -16,19 +16,8 @@ from test_evaluate import make_run
 from nanochat_jax.config import OptimConfig, to_json, write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval.chat import CHATCORE, Result, Verdict, wilson
-from nanochat_jax.eval.report import (
-    Answer,
-    Code,
-    Curves,
-    Exchange,
-    Table,
-    Text,
-    series,
-    side_by_side,
-    smooth,
-    to_html,
-    to_markdown,
-)
+from nanochat_jax.eval.plots import Curves, series, smooth
+from nanochat_jax.eval.report import Answer, Code, Exchange, Table, Text, side_by_side, to_html, to_markdown
 from train import dpo, evaluate, prepare, pretrain, report, results, rl, runs, sft, tokenizer
 from train.stage import RunConfig
 
@@ -91,7 +80,7 @@ LOGGED = {  # by stage: what it logs of each step, and what of the last
         },
     ),
 }
-PLOTS = {"base": 5, "sft": 5, "dpo": 4, "rl": 6}  # as there are of what is logged here
+PLOTS = {"base": 6, "sft": 6, "dpo": 5, "rl": 7}  # as there are of what is logged here
 PAIR = {"prompt": "How much is 6*7?", "rejected": "43", "task": "arithmetic"}
 CALL = [{"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}, {"type": "text", "text": "So 42."}]
 
@@ -139,7 +128,8 @@ def test_a_whole_run(run, capsys):
     assert page.tags.count("svg") == PLOTS["base"]
     assert all(link.startswith("#") for link in page.links), "requests to elsewhere"
     assert not re.search(r"url\((?!#)|@import", (run / "report.html").read_text())
-    bits = json.loads((run / "base" / "evaluation.json").read_text())["suites"]["bpb"]["bits_per_byte"]
+    [text] = json.loads((run / "base" / "evaluation.json").read_text())["suites"]["bpb"]["texts"].values()
+    bits = {"this model": text["bits_per_byte"], **text["baselines"]}
     for text in (page.text, markdown):
         for title in (
             "Results",
@@ -258,7 +248,9 @@ def test_hostile_text_stays_text(chatty):
     path = run / "base" / "evaluation.json"
     stored = json.loads(path.read_text())
     stored["suites"]["sample"]["samples"] = [{"prompt": HOSTILE, "text": HOSTILE}]
-    stored["suites"]["bpb"]["bits_per_byte"] |= {HOSTILE: 1.0, r"$\frac{$": 2.0}
+    text = next(iter(stored["suites"]["bpb"]["texts"].values()))
+    text["baselines"] |= {HOSTILE: 1.0, r"$\frac{$": 2.0}
+    stored["suites"]["bpb"]["texts"][HOSTILE] = text
     path.write_text(json.dumps(stored))
     manifest = json.loads((run / "data" / "manifest.json").read_text())
     (run / "data" / "manifest.json").write_text(json.dumps(manifest | {"source": HOSTILE}))
@@ -395,7 +387,7 @@ COMMANDS = [
     ),
     (
         evaluate,
-        evaluate.Config(checkpoint=Path("c"), data=Path("d"), force=True),
+        evaluate.Config(checkpoint=Path("c"), data="d", force=True),
         "python -m train.evaluate --checkpoint c --data d --force",
     ),
     (

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from nanochat_jax import sharding
 from nanochat_jax.config import to_json, write_json
 from nanochat_jax.errors import UserError
@@ -28,8 +30,9 @@ from train.suites import SUITES, Subject
 class Config:
     checkpoint: Path
     """Folder of a training run."""
-    data: Path | None = None
-    """Folder made by train.prepare, with the same tokenizer; bpb measures on its validation split."""
+    data: str | None = None
+    """What bpb measures on: a folder made by train.prepare with the model's tokenizer (its validation split), a text
+    file, or a source as train.prepare takes it, such as jsonl:'held_out/*.jsonl#text'."""
     suite: str | None = None
     """What to measure, separated by commas: core (CORE's tasks for base models), bpb (bits per byte), sample (texts the
     model writes), chat (tasks of a chat model); default: bpb,sample where --data is given, chat where it is not."""
@@ -57,7 +60,9 @@ class Config:
         if unknown := set(self.suites) - set(SUITES):
             raise UserError(f"unknown suite {sorted(unknown)[0]!r}; choose from {', '.join(SUITES)}")
         if "bpb" in self.suites and self.data is None:
-            raise UserError("suite bpb measures on held-out text: add --data, the folder that train.prepare made")
+            raise UserError(
+                "suite bpb measures on held-out text: add --data, a folder that train.prepare made or a text file"
+            )
 
     @property
     def suites(self) -> list[str]:
@@ -68,19 +73,23 @@ def main(config: Config) -> dict[str, Any]:
     """Measure, print, store and return."""
     mesh = sharding.make_mesh()
     loaded = load_model(config.checkpoint, step=config.step, mesh=mesh)
-    path = config.checkpoint / "evaluation.json"
+    path, is_first = config.checkpoint / "evaluation.json", jax.process_index() == 0
     identity = {"step": loaded.step, "fingerprint": loaded.stored.fingerprint}
     suites = _stored(path, identity)
     evaluation = {"config": to_json(config), **identity, "suites": suites}
-    print(f"{config.checkpoint}, step {loaded.step:,}{f', on {config.data}' if config.data else ''}")
+    say = print if is_first else lambda *_: None  # one host speaks, and writes, for all
+    say(f"{config.checkpoint}, step {loaded.step:,}{f', on {config.data}' if config.data else ''}")
     for name in config.suites:
         note = "measured before on this checkpoint (--force repeats it), "
         for result in SUITES[name].measure(Subject(config, mesh, loaded), suites.get(name, {})):
             suites[name], note = result, ""
-            write_json(path, evaluation)
-        print(f"\n{name}: {note}took {suites[name]['seconds']:.1f} s")
-        SUITES[name].show(suites[name])
-    write_json(path, evaluation)
+            if is_first:
+                write_json(path, evaluation)
+        say(f"\n{name}: {note}took {suites[name]['seconds']:.1f} s")
+        if is_first:
+            SUITES[name].show(suites[name])
+    if is_first:
+        write_json(path, evaluation)
     return evaluation
 
 

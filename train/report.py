@@ -23,7 +23,8 @@ from nanochat_jax.chat import Conversation, content_parts, visible_text
 from nanochat_jax.config import from_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval import report as page
-from nanochat_jax.eval.report import Answer, Block, Code, Curves, Exchange, Table, Text, flat, side_by_side
+from nanochat_jax.eval.plots import Curves, save_png
+from nanochat_jax.eval.report import Answer, Block, Code, Exchange, Table, Text, flat, side_by_side
 from nanochat_jax.files import write_bytes
 from train import cli, dpo, evaluate, prepare, pretrain, results, rl, sft, suites, tokenizer
 from train.runs import Run, StageRun, gather
@@ -33,7 +34,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 Plots = dict[str, dict[str, str]]  # title → pattern of metrics' names → label, which may refer to the pattern's groups
 
 RATES: Plots = {
-    "Gradient norm": {"grad_norm": ""},
+    "Norms of the gradient and of the update": {"grad_norm": "gradient", "update_norm": "update"},
     "Throughput, tokens per second": {"tokens_per_second": ""},
     "MFU, share of the device's peak": {"mfu": ""},
 }
@@ -86,6 +87,8 @@ class Config:
     """Other runs, to be set beside this one."""
     dollars_per_hour: float | None = None
     """Price of the machine, to estimate what the run cost."""
+    image: Path | None = None
+    """Draw loss and bits per byte of pretraining into this PNG file too."""
 
     def __post_init__(self) -> None:
         if self.dollars_per_hour is not None and self.dollars_per_hour <= 0:
@@ -97,11 +100,12 @@ def headline(run: Run, dollars_per_hour: float | None) -> list[Block]:
     tiles = list(results.headline(run, dollars_per_hour).items())
     blocks: list[Block] = [Table(tiles, style="tiles")] if tiles else []
     for stage, found in run.stages.items():
-        if bpb := found.suites.get("bpb"):
-            model = next(iter(bpb["bits_per_byte"].values()))
-            rows = [(name, f"{bits:.4f}", f"{bits / model:.2f}×") for name, bits in bpb["bits_per_byte"].items()]
-            held_out = f"The same {bpb['bytes']:,} held-out bytes ({bpb['tokens']:,} tokens)"
-            blocks.append(Text(f"{held_out}, measured on {stage}, step {found.evaluation['step']:,}:"))
+        for name, text in found.texts.items():
+            methods = {"this model": text.bits_per_byte, **text.baselines}
+            rows = [(method, f"{bits:.4f}", f"{bits / text.bits_per_byte:.2f}×") for method, bits in methods.items()]
+            size = f"{text.bytes:,} held-out bytes ({text.tokens:,} tokens) of {name}"
+            interval = "; 95 % interval {:.4f} – {:.4f}".format(*text.interval) if text.interval else ""
+            blocks.append(Text(f"{size}, measured on {stage}, step {found.evaluation['step']:,}{interval}:"))
             blocks.append(Table(rows, ("", "bits per byte", "against the model"), "numbers"))
     return blocks
 
@@ -135,18 +139,37 @@ def _said(conversation: Conversation) -> str:
     return "".join(forms[part["type"]].format(part["text"]) for part in content_parts(conversation["messages"][-1]))
 
 
-def stage_section(name: str, stage: StageRun) -> list[Block]:
-    """Curves of what a stage logged, and what it writes."""
-    bits = stage.suites.get("bpb", {}).get("bits_per_byte", {})
+def plots(name: str, stage: StageRun) -> list[Curves]:
+    """Curves of what a stage logged, and of its learning rate."""
     logged = sorted({metric for record in stage.metrics for metric, value in record.items() if value is not None})
-    blocks: list[Block] = []
+    drawn = []
     for title, patterns in PROGRAMS[name].plots.items():
         found = [(re.fullmatch(pattern, metric), label) for pattern, label in patterns.items() for metric in logged]
         metrics = {match[0]: match.expand(label) for match, label in found if match}
-        levels = dict(list(bits.items())[1:]) if "val_bpb" in metrics else {}
-        blocks += [Curves(title, name, stage.metrics, metrics, levels)] if metrics else []
+        levels = stage.baselines if "val_bpb" in metrics else {}
+        drawn += [Curves(title, name, stage.metrics, metrics, levels)] if metrics else []
+    rates = results.learning_rates(stage) if stage.metrics else []
+    return drawn + ([Curves("Learning rate of the matrices", name, rates, {"rate": ""}, {})] if rates else [])
+
+
+def stage_section(name: str, stage: StageRun) -> list[Block]:
+    """What a stage logged, and what it writes."""
     samples = stage.suites.get("sample", {}).get("samples", [])
-    return [*blocks, *(Code(sample["text"], prompt=sample["prompt"]) for sample in samples)]
+    return [*plots(name, stage), *(Code(sample["text"], prompt=sample["prompt"]) for sample in samples)]
+
+
+def beside(runs: list[Run], dollars_per_hour: float | None) -> list[Block]:
+    """Runs side by side: their numbers, and their bits per byte in one plot."""
+    curves = {str(run.folder): run.stages["base"].metrics for run in runs if "base" in run.stages}
+    records = [
+        {"step": record["step"], name: record["val_bpb"]}
+        for name, metrics in curves.items()
+        for record in metrics
+        if record.get("val_bpb") is not None
+    ]
+    titles = {name: name for name in curves if any(name in record for record in records)}
+    plot = [Curves("Validation bits per byte", "compare", records, titles, {})] if titles else []
+    return [results.compare(runs, dollars_per_hour), *plot]
 
 
 def settings(run: Run) -> dict[str, list[Block]]:
@@ -224,13 +247,13 @@ def environment() -> list[Block]:
 def main(config: Config) -> dict[str, Path]:
     """Write both files; returns their paths by kind."""
     run, others = gather(config.run), [gather(folder) for folder in config.compare]
-    asked = results.task_table(run)
-    beside = results.compare([run, *others], config.dollars_per_hour)
+    asked, core = results.task_table(run), results.core_table(run)
     notes = run.notes + [f"{other.folder}: {note}" for other in others for note in other.notes]
     sections: dict[str, list[Block]] = {
         "Results": headline(run, config.dollars_per_hour),
+        "CORE": [Text(IN_CONTEXT), core] if core else [],
         "Tasks": [Text(ASKED), asked] if asked else [],
-        "Beside other runs": [beside] if others else [],
+        "Beside other runs": beside([run, *others], config.dollars_per_hour) if others else [],
         "Conversations": conversations(run),
         **{f"{PROGRAMS[name].title} ({name})": stage_section(name, stage) for name, stage in run.stages.items()},
         "Preference pairs": pairs(run),
@@ -244,6 +267,10 @@ def main(config: Config) -> dict[str, Path]:
     paths = {"html": config.run / "report.html", "md": config.run / "report.md"}
     write_bytes(paths["html"], page.to_html(title, sections).encode(errors="replace"))
     write_bytes(paths["md"], page.to_markdown(title, sections).encode(errors="replace"))
+    if config.image is not None:
+        if not (drawn := plots("base", run.stages["base"])[:2] if "base" in run.stages else []):
+            raise UserError(f"--image {config.image}: {config.run} has no metrics of pretraining to draw")
+        save_png(drawn, config.image)
     for note in notes:
         print(f"note: {note}")
     for stage in run.stages.values():
@@ -251,11 +278,12 @@ def main(config: Config) -> dict[str, Path]:
             if name != "chat":
                 suites.SUITES[name].show(result)
     for block in sections["Tasks"] + sections["Beside other runs"]:
-        print(f"\n{block.plain()}")
+        print(f"\n{block.plain()}".rstrip())
     print("report: " + ", ".join(map(str, paths.values())))
     return paths
 
 
+IN_CONTEXT = "Items answered rightly in the tasks of CORE, with 95 % intervals:"
 ASKED = "Held-out questions answered rightly, with 95 % intervals:"
 UNCOUNTED = "Compilation, saving and what is measured during training come on top: no log has their time."
 

@@ -1,8 +1,15 @@
 """What a run has come to in numbers: the headline, tasks before and after each stage, time and cost, run beside run."""
 
+from collections.abc import Sequence
+
+import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.eval.report import Table, number, series, side_by_side
+from nanochat_jax import gpt2, optim
+from nanochat_jax.config import Horizon, OptimConfig, from_json
+from nanochat_jax.errors import UserError
+from nanochat_jax.eval.plots import series
+from nanochat_jax.eval.report import Table, number, side_by_side
 from train.runs import Run, StageRun
 
 
@@ -18,9 +25,14 @@ def headline(run: Run, dollars_per_hour: float | None) -> dict[str, str]:
                 found[label] = number(scale * float(np.median(values)), 4)
         if base.checkpoint and (records := base.checkpoint.meta.get("records")):  # not in converted models
             found["tokens of pretraining"] = number(records * base.recipe["model"]["sequence_len"])
+        for name, text in list(base.texts.items())[1:]:
+            found[f"bits per byte of {name}"] = f"{text.bits_per_byte:.4f}"
     if parameters := max((stage.parameters for stage in run.stages.values()), default=0):
         found["parameters"] = number(parameters)
     for name, stage in run.stages.items():
+        if core := stage.suites.get("core"):
+            label = f"mean of {len(core['tasks'])} CORE tasks" if core["core"] is None else "CORE"
+            found[f"{label} after {name}"] = f"{core['mean_centred']:.4f}"
         if stage.tasks:
             mean, score = stage.suites["chat"]["mean_centred"], stage.suites["chat"]["chatcore"]
             found[f"mean of {len(stage.tasks)} tasks after {name}"] = f"{mean:.4f}"
@@ -56,14 +68,35 @@ def times(run: Run, dollars_per_hour: float | None) -> Table:
     return Table(rows, (*header, *(["dollars"] if dollars_per_hour else [])), "numbers")
 
 
+def share(accuracy: float, examples: int, interval: Sequence[float]) -> str:
+    """Of right answers, with its 95 % interval and the number of examples."""
+    low, high = (100 * bound for bound in interval)
+    return f"{100 * accuracy:.1f} % of {examples:,} ({low:.1f}–{high:.1f})"
+
+
 def task_cells(stage: StageRun) -> dict[str, str]:
-    """By task the share of right answers, its 95 % interval, and the number of examples."""
+    """By task the share of right answers."""
     cells = {}
     for name, result in stage.tasks.items():
-        low, high = (100 * bound for bound in result.interval)
         too_long = f", {result.too_long:,} too long" if result.too_long else ""
-        cells[name] = f"{100 * result.accuracy:.1f} % of {result.examples:,} ({low:.1f}–{high:.1f}){too_long}"
+        cells[name] = share(result.accuracy, result.examples, result.interval) + too_long
     return cells
+
+
+def core_table(run: Run) -> Table | None:
+    """CORE's tasks by the stages that they were measured on; None if they were on none."""
+    measured = {name: stage for name, stage in run.stages.items() if stage.core}
+    guessing = {task: f"{r.baseline:.0%}" for stage in measured.values() for task, r in stage.core.items()}
+    columns = {"guessing": guessing}
+    for name, stage in measured.items():
+        suite = stage.suites["core"]
+        shares = {task: share(r.accuracy, r.examples, r.interval) for task, r in stage.core.items()}
+        columns[f"{name}, step {stage.evaluation['step']:,}"] = shares | {
+            "mean, guessing at 0" if suite["core"] is None else "CORE": f"{suite['mean_centred']:.4f}",
+            "programs compiled": f"{suite['compilations']:,}",
+            "examples per second": f"{suite['examples_per_second']:,.1f}",
+        }
+    return side_by_side(columns, "numbers") if measured else None
 
 
 def task_table(run: Run) -> Table | None:
@@ -80,6 +113,21 @@ def task_table(run: Run) -> Table | None:
         }
         columns[f"{name}, step {stage.evaluation['step']:,}"] = task_cells(stage) | score | took
     return side_by_side(columns, "numbers") if asked else None
+
+
+def learning_rates(stage: StageRun) -> list[dict[str, float]]:
+    """Of the matrices at each step that was done, from the recipe; empty where it says nothing of a schedule."""
+    recipe, steps = stage.recipe, jnp.arange(stage.steps)
+    try:
+        if "horizon" in recipe:
+            length, numbers = from_json(Horizon, recipe["horizon"]), from_json(OptimConfig, recipe["optim"])
+            rates = length.lr_scale * numbers.matrix_lr * optim.lr_multiplier(length.steps, numbers)(steps)
+        else:
+            adamw = from_json(gpt2.GPT2OptimConfig, recipe["optim"])
+            rates = adamw.learning_rate * gpt2.lr_multiplier(recipe["steps"], adamw)(steps)
+    except (KeyError, UserError):  # converted from elsewhere, or of another version
+        return []
+    return [{"step": step, "rate": rate} for step, rate in enumerate(np.asarray(rates).tolist(), 1)]
 
 
 def compare(runs: list[Run], dollars_per_hour: float | None) -> Table:

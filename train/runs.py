@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from nanochat_jax.config import from_json
 from nanochat_jax.data.preference import Pair, read_pair
 from nanochat_jax.data.rows import Row
 from nanochat_jax.errors import UserError
+from nanochat_jax.eval import core, held_out
 from nanochat_jax.eval.chat import Result, Verdict
 from nanochat_jax.files import read_json
 from nanochat_jax.metrics import read_metrics
@@ -37,13 +38,29 @@ class StageRun:
     @property
     def tasks(self) -> dict[str, Result]:
         """Results of the chat suite."""
-        return _task_results(self.evaluation)
+        found = _results(self.evaluation, "chat", "tasks", Result)
+        return {name: replace(result, samples=_samples(name, result.samples)) for name, result in found.items()}
+
+    @property
+    def texts(self) -> dict[str, held_out.Result]:
+        """Results of the suite bpb by the name of the text; the first is the one that counts."""
+        return _results(self.evaluation, "bpb", "texts", held_out.Result)
+
+    @property
+    def core(self) -> dict[str, core.Result]:
+        """Results of the suite core."""
+        return _results(self.evaluation, "core", "tasks", core.Result)
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte of the first text by simpler methods."""
+        return next((text.baselines for text in self.texts.values()), {})
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Of the model on held-out text: as train.evaluate measured it, otherwise as training did last."""
+        """Of the model on held-out text: as train.evaluate measured it first, otherwise as training did last."""
         logged = [record["val_bpb"] for record in self.metrics if "val_bpb" in record]
-        return next(iter(self.suites.get("bpb", {}).get("bits_per_byte", {}).values()), logged[-1] if logged else None)
+        return next(iter([*(text.bits_per_byte for text in self.texts.values()), *logged[-1:]]), None)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -136,18 +153,21 @@ def gather(folder: Path) -> Run:
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
     evaluation = read_json(path)
-    _task_results(evaluation)  # so that what is of another version is known here
+    stage = StageRun({}, [], None, evaluation)
+    _ = stage.tasks, stage.core, stage.texts  # so that what is of another version is known here
     return evaluation
 
 
-def _task_results(evaluation: dict[str, Any]) -> dict[str, Result]:
-    tasks = evaluation.get("suites", {}).get("chat", {}).get("tasks", {})
-    return {name: _result(name, task) for name, task in tasks.items()}
+def _results[T](evaluation: dict[str, Any], suite: str, part: str, kind: type[T]) -> dict[str, T]:
+    found = evaluation.get("suites", {}).get(suite, {}).get(part, {})
+    return {
+        name: from_json(kind, {key: value for key, value in result.items() if key != "asked"}, name)
+        for name, result in found.items()
+    }
 
 
-def _result(name: str, task: dict[str, Any]) -> Result:
-    result = from_json(Result, {key: value for key, value in task.items() if key != "asked"}, name)
-    return replace(result, samples=tuple(from_json(Verdict, sample, f"{name}.samples") for sample in task["samples"]))
+def _samples(name: str, samples: Sequence[Any]) -> tuple[Verdict, ...]:
+    return tuple(from_json(Verdict, sample, f"{name}.samples") for sample in samples)
 
 
 def _read_pairs(path: Path) -> dict[str, tuple[int, Pair]]:

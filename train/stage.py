@@ -225,7 +225,7 @@ def validation_hook(
 ) -> Hook:
     """Bits per byte of held-out rows (the first `limit`; 0 for all), in batches of as many as a micro-batch has."""
     cfg, tokenizer, compute = model
-    evaluate = make_evaluator(cfg, tokenizer.byte_lengths, compute)
+    evaluate = make_evaluator(cfg, tokenizer.byte_lengths, compute, mesh)
 
     def run(step: int, train_state: state.TrainState) -> dict[str, float]:
         everything = validation_batches(

@@ -12,13 +12,13 @@ from tqdm import tqdm
 from nanochat_jax import sharding
 from nanochat_jax.config import to_json
 from nanochat_jax.data.batches import validation_batches
-from nanochat_jax.data.pretrain import open_split
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval import core
 from nanochat_jax.eval.baselines import baselines
 from nanochat_jax.eval.bpb import make_evaluator
 from nanochat_jax.eval.bundle import CORE_TASKS, find_bundle, open_bundle
 from nanochat_jax.eval.chat import CHATCORE, Evaluator, Sizes, chatcore
+from nanochat_jax.eval.held_out import Result, open_held_out
 from nanochat_jax.eval.score import Scorer
 from nanochat_jax.generate import continue_texts, usable_prompts
 from nanochat_jax.load import LoadedModel
@@ -43,39 +43,46 @@ class Subject:
 
 
 def measure_bpb(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Bits per byte of the whole validation split: the model's and the baselines'."""
+    """Bits per byte of held-out text: the model's and the baselines'."""
     tok, mesh, data = subject.model.tokenizer, subject.mesh, subject.config.data
     assert data is not None
-    train, val = (
-        open_split(data, split, tokenizer_sha256=tok.sha256, sequence_len=subject.model.cfg.sequence_len)
-        for split in ("train", "val")
-    )
-    if before.get("data") == val.manifest.fingerprint and not subject.config.force:
+    held_out = open_held_out(data, tok, subject.model.cfg.sequence_len)
+    texts = dict(before.get("texts", {}))
+    if texts.get(data, {}).get("fingerprint") == held_out.fingerprint and not subject.config.force:
         return
-    started = time.perf_counter()
+    started, records = time.perf_counter(), held_out.records
     rows = subject.config.rows * sharding.batch_devices(mesh)
-    evaluate = make_evaluator(subject.model.cfg, tok.byte_lengths, subject.model.compute)
-    batches = validation_batches(val, rows, process_index=jax.process_index(), process_count=jax.process_count())
-    progress = tqdm(batches, desc="bits per byte", unit="batch", total=math.ceil(len(val) / rows), disable=None)
+    evaluate = make_evaluator(subject.model.cfg, tok.byte_lengths, subject.model.compute, mesh)
+    batches = validation_batches(records, rows, process_index=jax.process_index(), process_count=jax.process_count())
+    progress = tqdm(batches, desc="bits per byte", unit="batch", total=math.ceil(len(records) / rows), disable=None)
     measured = evaluate(subject.model.params, (sharding.put_batch(mesh, batch) for batch in progress))
-    yield {
-        "data": val.manifest.fingerprint,
-        "bytes": measured.bytes,
-        "tokens": measured.tokens,
-        "loss_nats_per_token": measured.loss,
-        "bits_per_byte": {"this model": measured.bpb, **baselines(train, val, tok)},
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+    if not measured.bytes:
+        raise UserError(f"--data {data} holds no text to measure on")
+    result = Result(
+        fingerprint=held_out.fingerprint,
+        bytes=measured.bytes,
+        tokens=measured.tokens,
+        loss_nats_per_token=measured.loss,
+        bits_per_byte=measured.bpb,
+        interval=measured.interval,
+        baselines=baselines(held_out.train, records, tok),
+        seconds=round(time.perf_counter() - started, 2),
+    )
+    texts[data] = to_json(result)
+    yield {"texts": texts, "seconds": round(sum(text["seconds"] for text in texts.values()), 2)}
 
 
 def show_bpb(result: dict[str, Any]) -> None:
-    (_, model), *others = result["bits_per_byte"].items()
-    print(f"held-out text: {result['bytes']:,} bytes, {result['tokens']:,} tokens\n")
-    print(f"{'':16}{'bits per byte':>15}{'against the model':>20}")
-    for name, value in result["bits_per_byte"].items():
-        print(f"{name:16}{value:15.4f}{value / model:19.2f}×")
-    better = [name for name, value in others if value <= model]
-    print(f"\nthe model {'does not beat ' + ', '.join(better) if better else 'beats all of them'}")
+    for name, text in result["texts"].items():
+        size, tokens, model = text["bytes"], text["tokens"], text["bits_per_byte"]
+        print(f"{name}: {size:,} held-out bytes, {tokens:,} tokens ({size / tokens:.2f} bytes a token)\n")
+        print(f"{'':16}{'bits per byte':>15}{'against the model':>20}")
+        for method, value in {"this model": model, **text["baselines"]}.items():
+            print(f"{method:16}{value:15.4f}{value / model:19.2f}×")
+        if text["interval"]:
+            print("\n95 % interval of the model's, over texts like this: {:.4f} – {:.4f}".format(*text["interval"]))
+        better = [method for method, value in text["baselines"].items() if value <= model]
+        print(f"the model {'does not beat ' + ', '.join(better) if better else 'beats all of them'}\n")
 
 
 def write_samples(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, Any]]:

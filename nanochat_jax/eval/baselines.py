@@ -56,13 +56,15 @@ def unigram_nats(train_counts_V: np.ndarray, held_out_counts_V: np.ndarray, byte
     return float(-held_out_counts_V[text_V] @ np.log(smoothed / smoothed.sum()))
 
 
-def baselines(train: Rows, held_out: Rows, tokenizer: Tokenizer) -> dict[str, float]:
-    """Bits per byte of the held-out text by `gzip -9`, `xz -9` and token frequencies of the training text.
+def baselines(train: Rows | None, held_out: Rows, tokenizer: Tokenizer) -> dict[str, float]:
+    """Bits per byte of the held-out text by token frequencies of the training text, if any, `gzip -9` and `xz -9`.
 
     The compressors see all held-out text as one stream, so they remember further back than a model's context.
     """
-    text = held_out_bytes(held_out, tokenizer)
-    train_counts_V = token_counts(train, tokenizer.vocab_size, every=1 + len(train) // MAX_COUNTED_RECORDS)
-    nats = unigram_nats(train_counts_V, token_counts(held_out, tokenizer.vocab_size), tokenizer.byte_lengths)
-    bits = {"unigram tokens": nats / math.log(2), "gzip -9": 8 * gzip_size(text), "xz -9": 8 * xz_size(text)}
+    text, bits = held_out_bytes(held_out, tokenizer), {}
+    if train is not None:
+        train_counts_V = token_counts(train, tokenizer.vocab_size, every=1 + len(train) // MAX_COUNTED_RECORDS)
+        nats = unigram_nats(train_counts_V, token_counts(held_out, tokenizer.vocab_size), tokenizer.byte_lengths)
+        bits["unigram tokens"] = nats / math.log(2)
+    bits |= {"gzip -9": 8 * gzip_size(text), "xz -9": 8 * xz_size(text)}
     return {name: value / max(len(text), 1) for name, value in bits.items()}

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import hashlib
 import json
-import os
 import random
 import tempfile
 import zipfile
@@ -17,6 +16,7 @@ import yaml
 from tqdm import tqdm
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import CACHE, require_network
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 CORE_TASKS = 22
@@ -45,11 +45,6 @@ class CoreTask:
         return hashlib.sha256(repr(settings).encode() + self.path.read_bytes()).hexdigest()
 
 
-def cache_folder() -> Path:
-    """Where the downloaded bundle is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanochat_jax" / "eval_bundle"
-
-
 def find_bundle(folder: Path | None = None) -> Path:
     """The folder given, or the downloaded bundle; downloads it the first time.
 
@@ -59,7 +54,7 @@ def find_bundle(folder: Path | None = None) -> Path:
     if folder is not None:
         inner = folder / "eval_bundle"
         return inner if inner.is_dir() and not (folder / LIST).is_file() else folder
-    cached = cache_folder()
+    cached = CACHE / "eval_bundle"
     if not (cached / LIST).is_file():
         _download(cached)
     return cached
@@ -67,8 +62,9 @@ def find_bundle(folder: Path | None = None) -> Path:
 
 def _download(folder: Path) -> None:
     print(f"downloading the CORE tasks from {URL}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
+        require_network(URL)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             archive = Path(temporary) / "bundle.zip"
             with httpx.stream("GET", URL, timeout=20, follow_redirects=True) as response, archive.open("wb") as file:
@@ -83,9 +79,9 @@ def _download(folder: Path) -> None:
             with contextlib.suppress(OSError):  # another process may have been faster
                 (Path(temporary) / "eval_bundle").rename(folder)
             open_bundle(folder)
-    except (httpx.HTTPError, OSError, zipfile.BadZipFile) as error:
+    except (UserError, httpx.HTTPError, OSError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"cannot download the CORE tasks ({type(error).__name__}: {error}). Where there is a network, run\n"
+            f"cannot download the CORE tasks: {error or type(error).__name__}. Where there is a network, run\n"
             f"  curl -O {URL} && unzip eval_bundle.zip\n"
             "then copy the folder eval_bundle here and name it with --bundle"
         ) from error

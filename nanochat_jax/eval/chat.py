@@ -22,6 +22,7 @@ from nanochat_jax.config import Architecture
 from nanochat_jax.data.batches import rows_per_process
 from nanochat_jax.engine import Engine
 from nanochat_jax.errors import UserError
+from nanochat_jax.eval.bpb import NORMAL_95
 from nanochat_jax.generate import PROMPT_BUCKET
 from nanochat_jax.layers import Compute
 from nanochat_jax.rollouts import Question, answer, make_engine
@@ -30,7 +31,6 @@ from nanochat_jax.tasks import Example, Task
 from nanochat_jax.tokenizer import Tokenizer
 
 CHATCORE = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval")  # Source: nanochat, scripts/chat_eval.py
-NORMAL_95 = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 
 Progress = Callable[[int], object]  # told how many more examples are done
 

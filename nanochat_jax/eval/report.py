@@ -1,32 +1,26 @@
-"""Pages of text, tables, curves and conversations, written twice: as one self-contained HTML file and as Markdown.
+"""Pages of text, tables, plots and conversations, written twice: as one self-contained HTML file and as Markdown.
 
-Curves are inline SVG whose colours are CSS variables, so that they follow the reader's light or dark theme; Markdown
-does without them. All text is escaped: samples of a model may hold anything.
+Markdown does without the plots, which are in plots.py. All text is escaped: samples of a model may hold anything.
 """
 
 import html
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Template
 from typing import Any
 
-import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
-
-MAX_POINTS = 800  # of a curve: a page should stay small however long the run
-
-# Stand-ins that matplotlib accepts as colours, and the CSS variables that replace them in the finished SVG.
-INK, GRID, *SERIES = "#010101", "#020202", "#030303", "#040404", "#050505"
-NAMES = ("ink", "line", "first", "second", "third")
-VARIABLES = {stand_in: f"var(--{name})" for stand_in, name in zip((INK, GRID, *SERIES), NAMES, strict=True)}
-STYLE: Any = {
-    "svg.fonttype": "none", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID,
-    "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID, "grid.linewidth": 0.5,
-    "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False,
-    "text.parse_math": False,
+THEMES = {  # colours by what they are for
+    "light": {
+        "page": "#fff", "box": "#f4f5f7", "ink": "#1c2024", "faint": "#5d646c", "line": "#d5d9de",
+        "first": "#1668c7", "second": "#d4600c", "third": "#7a3db8", "fourth": "#1a7f37", "fifth": "#a8325f",
+        "good": "#1a7f37", "bad": "#c62828",
+    },
+    "dark": {
+        "page": "#14171a", "box": "#1e2328", "ink": "#e4e7ea", "faint": "#9aa2ab", "line": "#3a4148",
+        "first": "#62a8f5", "second": "#f59a52", "third": "#c495f5", "fourth": "#57c271", "fifth": "#f08bb0",
+        "good": "#57c271", "bad": "#ff7b72",
+    },
 }  # fmt: skip
 
 
@@ -131,70 +125,6 @@ def side_by_side(columns: dict[str, dict[str, str]], style: str = "") -> Table:
     return Table(rows, ("", *columns), style)
 
 
-@dataclass(frozen=True)
-class Curves(Block):
-    """Metrics over the steps of a run: those of every step raw and smoothed, occasional ones as dots.
-
-    A metric with others of its name and _low and _high is drawn with these as its interval.
-    """
-
-    title: str
-    stage: str  # tells it from another stage's plot of this title
-    records: list[dict[str, Any]]  # of metrics.jsonl
-    metrics: dict[str, str]  # name → label; at most three
-    levels: dict[str, float]  # label → horizontal line to compare with
-
-    def html(self) -> str:
-        return f"<figure><figcaption>{html.escape(self.title)}</figcaption>{self._svg()}</figure>"
-
-    def _svg(self) -> str:
-        file = io.StringIO()
-        salt = f"{self.stage}: {self.title}"  # ids of two plots on a page must differ
-        with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
-            figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-            axes = figure.subplots()
-            axes.set_xlabel("step")
-            for (name, label), colour in zip(self.metrics.items(), SERIES, strict=False):
-                steps, values = series(self.records, name)
-                low, high = (series(self.records, name + bound)[1] for bound in ("_low", "_high"))
-                if 2 * len(steps) < len(self.records):
-                    axes.plot(steps, values, "o-", color=colour, label=label, markersize=3, linewidth=1.2)
-                else:
-                    thin = slice(None, None, len(steps) // MAX_POINTS + 1)
-                    axes.plot(steps[thin], values[thin], color=colour, alpha=0.35, linewidth=0.8)
-                    axes.plot(steps[thin], smooth(values)[thin], color=colour, label=label, linewidth=1.6)
-                if len(low) == len(high) == len(values):
-                    axes.vlines(steps, low, high, color=colour, alpha=0.6, linewidth=2.5)
-            for i, (label, value) in enumerate(self.levels.items()):
-                axes.axhline(value, color=INK, linestyle=("--", ":", "-.")[i % 3], linewidth=0.9, label=label)
-            last = max(record["step"] for record in self.records)
-            axes.set_xlim(-last / 50, last * 51 / 50)
-            axes.yaxis.set_major_formatter("{x:,.6g}")
-            if len(self.metrics) + len(self.levels) > 1:
-                figure.legend(loc="outside upper left", ncols=4, fontsize=8)
-            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        # Without width and height, the drawing takes those of the page.
-        svg = re.sub(r'.*?<svg .*?(viewBox=".*?").*?>', r"<svg \1>", file.getvalue(), count=1, flags=re.DOTALL)
-        for colour, variable in VARIABLES.items():
-            svg = svg.replace(colour, variable)
-        return svg
-
-
-def series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a metric, where it was logged and finite."""
-    found = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    steps, values = np.array(found, float).reshape(-1, 2).T
-    return steps, values
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over a fortieth of the curve, shorter at its ends."""
-    half, here = len(values) // 80, np.arange(len(values))
-    first, last = np.maximum(here - half, 0), np.minimum(here + half, len(values) - 1) + 1
-    sums = np.cumsum(np.pad(values, (1, 0)))
-    return (sums[last] - sums[first]) / (last - first)
-
-
 def _escaped(text: str) -> str:
     """Text in which neither Markdown nor HTML sees mark-up."""
     return html.escape(re.sub(r"([\\`*_|\[\]#~])", r"\\\1", " ".join(text.split())), quote=False)
@@ -241,7 +171,8 @@ def to_html(title: str, sections: dict[str, list[Block]]) -> str:
         for name, blocks in sections.items()
         if blocks
     ]
-    return PAGE.substitute(title=html.escape(title), body="\n".join(body))
+    themes = {name: "; ".join(f"--{key}: {value}" for key, value in theme.items()) for name, theme in THEMES.items()}
+    return PAGE.substitute(title=html.escape(title), body="\n".join(body), **themes)
 
 
 # The policy forbids every script and every request, whatever the text may contain.
@@ -250,12 +181,8 @@ PAGE = Template("""<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <style>
-:root { --page: #fff; --box: #f4f5f7; --ink: #1c2024; --faint: #5d646c; --line: #d5d9de }
-:root { --first: #1668c7; --second: #d4600c; --third: #7a3db8; --good: #1a7f37; --bad: #c62828 }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171a; --box: #1e2328; --ink: #e4e7ea; --faint: #9aa2ab; --line: #3a4148 }
-  :root { --first: #62a8f5; --second: #f59a52; --third: #c495f5; --good: #57c271; --bad: #ff7b72 }
-}
+:root { $light }
+@media (prefers-color-scheme: dark) { :root { $dark } }
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--page); color: var(--ink) }
 body { font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.6rem }

@@ -5,7 +5,7 @@ is fed to a copy of it. Where there is little to share, a row is one sequence, a
 depends on nothing else in its batch, and batches have as many rows for each device on any number of devices.
 """
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import batched
@@ -19,11 +19,10 @@ from nanochat_jax import model, sharding
 from nanochat_jax.cache import EmptyCache, init_cache
 from nanochat_jax.config import Architecture
 from nanochat_jax.data.batches import rows_per_process
+from nanochat_jax.eval.bpb import delayed
 from nanochat_jax.eval.prompts import Choices
 from nanochat_jax.generate import in_dtype
 from nanochat_jax.layers import Compute
-
-BATCHES_AHEAD = 2  # dispatched before results are read
 
 
 class Shape(NamedTuple):
@@ -132,22 +131,13 @@ class Scorer:
             progress: told how many more tokens are computed, as `Shape.tokens` counts them.
         """
         found = [[Scores(0.0, False)] * len(item.tails) for item in items]
-        pending: deque[tuple[Shape, tuple[Row, ...], tuple[jax.Array, jax.Array]]] = deque()
-
-        def read() -> None:
-            shape, members, results = pending.popleft()
+        batches = ((shape, members, self._run(shape, items, members)) for shape, members in self._batches(rows))
+        for shape, members, results in delayed(batches):
             nats_BW, hits_BW = (np.asarray(result).tolist() for result in results)
             for row, nats_W, hits_W in zip(members, nats_BW, hits_BW, strict=False):
                 last = min(row.first + shape.branches, len(found[row.item]))
                 found[row.item][row.first : last] = map(Scores, nats_W[: last - row.first], hits_W)
             progress(len(members) * shape.tokens)
-
-        for shape, members in self._batches(rows):
-            pending.append((shape, members, self._run(shape, items, members)))
-            if len(pending) > BATCHES_AHEAD:
-                read()
-        while pending:
-            read()
         return found
 
     def rows_of(self, shape: Shape) -> int:
