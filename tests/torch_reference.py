@@ -1,7 +1,7 @@
-"""nanochat's model and optimizer in PyTorch, written from their description, to compare the speed of a CPU step with.
+"""nanochat's model and optimizer in PyTorch, written from their description, to compare the speed of a step with.
 
-Shares nothing with nanochat_jax and imports no JAX; tests/compare_torch.py runs it in a process of its own. Weights go by
-upstream's names, matrices are (out, in). All of it is float32.
+Shares nothing with nanochat_jax and imports no JAX; tests/compare_torch.py runs it in a process of its own. Weights go
+by upstream's names, matrices are (out, in). All of it is float32.
 
     python tests/torch_reference.py --layers 4 --width 256 --head-dim 64 --compile
 """
@@ -91,7 +91,7 @@ def initial_weights(shape: Shape) -> Weights:
 
 @dataclass(frozen=True)
 class Tables:
-    """What does not change from step to step: RoPE's cosines and sines (T, 1, H/2), and the short window's mask (T, T)."""
+    """What stays the same: RoPE's cosines and sines, (T, 1, H/2), and the short window's mask, (T, T)."""
 
     cos: Tensor
     sin: Tensor
@@ -157,7 +157,9 @@ def mean_loss(w: Weights, shape: Shape, tables: Tables, tokens_BT: Tensor, targe
     return F.cross_entropy(capped.flatten(0, 1), targets_BT.flatten(), ignore_index=-1)
 
 
-def adam_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: Tensor, b1: float, b2: float, wd: float) -> None:
+def adam_(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: Tensor, b1: float, b2: float, wd: float
+) -> None:
     """One AdamW step, in place; step and lr are 0-d tensors, so that compiling sees no new constants."""
     p.mul_(1 - lr * wd)
     m.lerp_(g, 1 - b1)
@@ -189,7 +191,7 @@ def muon_(p_SOI: Tensor, g_SOI: Tensor, m_SOI: Tensor, v: Tensor, lr: Tensor, mu
 
 @dataclass
 class Optimizer:
-    """MuonAdamW; `rates` are the base rates by name, as upstream's flags have them, `batch` the factor of most of them."""
+    """MuonAdamW; `rates` are the base rates by their names upstream, `batch` is the factor of most of them."""
 
     weights: Weights
     rates: dict[str, float]

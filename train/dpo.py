@@ -33,7 +33,8 @@ from nanochat_jax.state import Batch as DeviceBatch
 from nanochat_jax.state import LossFn, TrainState
 from train import cli
 from train.finetune import Schedule, fine_tune, open_base
-from train.stage import RunConfig, Stage, at_least, micro_batches, run_stage
+from train.microbatch import micro_rows
+from train.stage import RunConfig, Stage, at_least, run_stage
 
 WARMUP_STEPS = 5
 
@@ -104,7 +105,8 @@ def main(config: Config) -> TrainState:
         f"{steps * config.batch_pairs / len(rows[0]):.2f} epochs"
     )
     mesh = sharding.make_mesh(config.run.mesh)
-    score = make_scorer(cfg, compute, mesh, config.batch_pairs // micro_batches(config.batch_pairs, config.run, mesh))
+    pairs_at_a_time = micro_rows(config.batch_pairs, config.run.micro_batch, mesh, most=8)
+    score = make_scorer(cfg, compute, mesh, pairs_at_a_time * sharding.batch_devices(mesh))
 
     @cache
     def with_reference() -> list[PairRows]:
@@ -140,11 +142,11 @@ def main(config: Config) -> TrainState:
         batches=feed,
         steps=steps,
         rows_per_step=config.batch_pairs,
+        row=replace(rows[0], reference_P2=np.zeros((len(rows[0]), 2), np.float32)).row(0),
         seed=config.seed,
         compute=compute,
-        measure=lambda _: [preference_hook(config, score, part) for part in with_reference()[1:]],
+        measure=lambda *_: [preference_hook(config, score, part) for part in with_reference()[1:]],
         look=[],
-        tokens_per_row=rows[0].tokens_P2T[0].size,
     )
     return run_stage(stage, config.run, config)[0]
 

@@ -30,7 +30,7 @@ from nanochat_jax.loop import Hook
 from nanochat_jax.sampling import Sampling
 from nanochat_jax.state import Batch, LossFn, TrainState
 from train import cli
-from train.stage import RunConfig, Stage, at_least, micro_batches, run_stage, validation_hook
+from train.stage import RunConfig, Stage, at_least, run_stage, validation_hook
 from train.start import fresh, from_stored
 
 
@@ -123,10 +123,9 @@ def main(config: Config) -> Result:
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 
-    def measure(mesh: jax.sharding.Mesh) -> list[Hook]:
-        micro_rows = rows // micro_batches(rows, config.run, mesh)
+    def measure(mesh: jax.sharding.Mesh, rows: int) -> list[Hook]:
         every, limit = config.run.eval_every, config.eval_rows
-        return [validation_hook(every, val_records, micro_rows, limit=limit, model=(cfg, tok, compute), mesh=mesh)]
+        return [validation_hook(every, val_records, rows, limit=limit, model=(cfg, tok, compute), mesh=mesh)]
 
     stage = Stage(
         name="pretrain",
@@ -149,6 +148,7 @@ def main(config: Config) -> Result:
         batches=feed,
         steps=plan.steps,
         rows_per_step=rows,
+        row=train_records.row(0),
         seed=config.seed,
         compute=compute,
         measure=measure,

@@ -39,7 +39,8 @@ from nanochat_jax.state import LossFn, TrainState
 from nanochat_jax.tokenizer import Tokenizer
 from train import cli
 from train.finetune import Schedule, fine_tune, open_base
-from train.stage import Rollout, RunConfig, Stage, at_least, micro_batches, run_stage
+from train.microbatch import micro_rows
+from train.stage import Rollout, RunConfig, Stage, at_least, run_stage
 
 # Source: nanochat, scripts/chat_rl.py.
 SCHEDULE = Schedule(warmup_steps=0, warmdown_fraction=1.0, momentum=(0.95, 0.95), momentum_warmup_steps=0)
@@ -154,7 +155,7 @@ def main(config: Config) -> TrainState:
         rows_per_step=config.prompts_per_step * config.samples,
         seed=config.seed,
         compute=compute,
-        measure=lambda _: [accuracy_hook(config, policy, held_out)],
+        measure=lambda *_: [accuracy_hook(config, policy, held_out)],
         look=[],
         rollout=make_rollout(config, policy, questions, make_scorer(config, policy, mesh, base.checkpoint.step)),
     )
@@ -208,7 +209,8 @@ def make_rollout(config: Config, policy: Policy, questions: Questions, score: Sc
 def make_scorer(config: Config, policy: Policy, mesh: jax.sharding.Mesh, step: int) -> Scorer:
     """A function that gives the nats of rows' targets under the model that the stage starts from, once it is asked."""
     cfg, compute = policy.cfg, policy.compute
-    accumulate = micro_batches(config.prompts_per_step * config.samples, config.run, mesh)
+    rows_per_step = config.prompts_per_step * config.samples
+    micro_batch = micro_rows(rows_per_step, config.run.micro_batch, mesh) * sharding.batch_devices(mesh)
 
     @cache
     def reference() -> model.Params:
@@ -223,7 +225,7 @@ def make_scorer(config: Config, policy: Policy, mesh: jax.sharding.Mesh, step: i
         return nats_ABT
 
     def score(rows: Batch) -> np.ndarray:
-        on_device = sharding.put_batch(mesh, rows, accumulate)
+        on_device = sharding.put_batch(mesh, rows, rows_per_step // micro_batch)
         return np.asarray(nats(reference(), on_device)).reshape(rows["tokens"].shape)
 
     return score

@@ -29,7 +29,7 @@ from nanochat_jax.tokenizer import Tokenizer
 from train import cli
 from train.finetune import Schedule, fine_tune, open_base
 from train.pretrain import language_model_loss, rows_of
-from train.stage import RunConfig, Stage, at_least, micro_batches, run_stage, validation_hook
+from train.stage import RunConfig, Stage, at_least, run_stage, validation_hook
 
 # Source: nanochat, scripts/chat_sft.py.
 SCHEDULE = Schedule(warmup_steps=0, warmdown_fraction=0.5, momentum=(0.85, 0.95), momentum_warmup_steps=300)
@@ -104,13 +104,12 @@ def main(config: Config) -> TrainState:
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 
-    def measure(mesh: jax.sharding.Mesh) -> list[Hook]:
+    def measure(mesh: jax.sharding.Mesh, rows: int) -> list[Hook]:
         if not held_out:
             return []
         val_rows = pack_conversations(held_out, tok, cfg.sequence_len)
-        micro_rows, model = rows // micro_batches(rows, config.run, mesh), (cfg, tok, compute)
         every, limit = config.run.eval_every, config.eval_rows
-        return [validation_hook(every, val_rows, micro_rows, limit=limit, model=model, mesh=mesh)]
+        return [validation_hook(every, val_rows, rows, limit=limit, model=(cfg, tok, compute), mesh=mesh)]
 
     stage = Stage(
         name="sft",
@@ -123,6 +122,7 @@ def main(config: Config) -> TrainState:
         batches=feed,
         steps=steps,
         rows_per_step=rows,
+        row=train_rows.row(0),
         seed=config.seed,
         compute=compute,
         measure=measure,

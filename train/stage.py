@@ -20,9 +20,11 @@ from nanochat_jax.eval.bpb import make_evaluator
 from nanochat_jax.files import locked
 from nanochat_jax.layers import Compute, default_compute
 from nanochat_jax.loop import Hook, StopSignal, Units, fit
+from nanochat_jax.memory import explained
 from nanochat_jax.metrics import MetricsLog, peak_flops
 from nanochat_jax.sharding import MeshConfig
 from nanochat_jax.tokenizer import Tokenizer
+from train.microbatch import SPREAD, MicroBatch, Sized, micro_rows, size_step, unsized
 from train.start import Start, abstract_state
 
 
@@ -69,8 +71,10 @@ class RunConfig:
 
     out: Path
     """Folder of the run: config.json, metrics.jsonl, tensorboard/ and checkpoints/ go here."""
-    micro_batch: int = 0
-    """Rows that one device computes at a time; 0 for the largest divisor of its share up to 32."""
+    micro_batch: MicroBatch = "auto"
+    """Rows that one device computes at a time; auto finds the most that fit its memory."""
+    memory_gib: float | None = None
+    """Memory of a device to plan for, in GiB; default: what is usable of it."""
     eval_every: int = 250
     """Steps between two measurements on what is held out; 0 for the end only."""
     sample_every: int = 0
@@ -87,8 +91,10 @@ class RunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "eval_every", "sample_every", "save_every"):
+        for name in ("eval_every", "sample_every", "save_every"):
             at_least(f"run.{name.replace('_', '-')}", getattr(self, name), 0)
+        if self.micro_batch != "auto":
+            at_least("run.micro-batch", self.micro_batch, 1)
         at_least("run.keep-newest", self.keep_newest, 1)
 
 
@@ -115,31 +121,11 @@ class Stage:
     rows_per_step: int
     seed: int
     compute: Compute
-    measure: Callable[[jax.sharding.Mesh], list[Hook]]  # before a checkpoint is saved, which keeps what they find
+    # Before a checkpoint is saved, which keeps what they find: the mesh, and rows that it computes at a time → hooks.
+    measure: Callable[[jax.sharding.Mesh, int], list[Hook]]
     look: list[Hook]  # after it
+    row: Batch | None = None  # one that is learnt from, for its shapes, if all have the same
     rollout: Rollout | None = None  # turns what `batches` gives into what is learnt from; no rates are logged then
-    tokens_per_row: int | None = None  # default: the model's sequence length
-
-
-def micro_batches(rows_per_step: int, run: RunConfig, mesh: jax.sharding.Mesh) -> int:
-    """How many micro-batches make a step.
-
-    Raises:
-        UserError: if rows, devices and micro-batch do not divide.
-    """
-    parts = sharding.batch_devices(mesh)
-    if rows_per_step % parts:
-        raise UserError(f"batch: {rows_per_step} rows a step do not divide by {parts} data-parallel devices")
-    per_device = rows_per_step // parts
-    micro_batch = run.micro_batch
-    if micro_batch == 0:
-        micro_batch = max(size for size in range(1, min(32, per_device) + 1) if per_device % size == 0)
-    if per_device % micro_batch:
-        raise UserError(
-            f"batch: {per_device} rows a device and step do not divide by micro-batch={micro_batch}; "
-            f"{rows_per_step} rows a step over {parts} devices"
-        )
-    return per_device // micro_batch
 
 
 def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainState, jax.sharding.Mesh]:
@@ -154,24 +140,27 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         The final state and the mesh that it lies on.
     """
     mesh = sharding.make_mesh(run.mesh)
-    accumulate = micro_batches(stage.rows_per_step, run, mesh)
+    micro_rows(stage.rows_per_step, run.micro_batch, mesh)  # if it cannot be shared, say so before anything is done
     like = abstract_state(stage.cfg, stage.compute, stage.tx, mesh)
     recipe = to_json(stage.recipe)
     with (
         locked(run.out),
+        explained(SPREAD),
         StopSignal().listening() as stop,  # the outer one: a signal must not cut the last save short
         Checkpoints(run.out / "checkpoints", keep_newest=run.keep_newest) as checkpoints,
     ):
         if run.resume == "never":
             checkpoints.set_aside(checkpoints.steps())
         train_state = _restore(checkpoints, like, recipe)
-        write_json(run.out / "config.json", command)
         if train_state is None:
             train_state = stage.start(like)
         start = int(train_state.step)
         if start >= stage.steps:
             print(f"{run.out} is at step {start:,} already, and done")
             return train_state, mesh
+        sized = _size(stage, run, like, mesh)
+        command = replace(command, run=replace(run, micro_batch=sized.rows))
+        write_json(run.out / "config.json", command)
         measured: dict[int, dict[str, float]] = {}  # by step: a checkpoint claims only what was measured on it
 
         def remember(hook: Hook) -> Hook:
@@ -188,18 +177,22 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
             checkpoints.save(step, train_state, meta=meta, tokenizer=tokenizer, metrics=measured.get(step))
             return {}
 
-        units = None if stage.rollout else _units(stage)
+        units = None if stage.row is None else _units(stage, stage.row)
         wandb = {"project": run.wandb, "name": run.out.name, "config": to_json(command)} if run.wandb else None
         device = mesh.devices.flat[0].device_kind
         print(f"{'going on from' if start else 'starting at'} step {start:,} on {mesh.size} × {device}")
-        train_step, batches = _steps(stage, like, mesh, start, accumulate)
-        with MetricsLog(run.out, step=start or -1, wandb=wandb) as log:  # what is measured at step 0 is measured anew
+        rows = sized.rows * sharding.batch_devices(mesh)
+        train_step, batches = _steps(stage, sized.step, mesh, start, stage.rows_per_step // rows)
+        with (
+            explained(sized.advice),
+            MetricsLog(run.out, step=start or -1, wandb=wandb) as log,  # what is measured at step 0 is measured anew
+        ):
             train_state = fit(
                 train_state,
                 train_step,
                 batches,
                 steps=stage.steps,
-                hooks=[*map(remember, stage.measure(mesh)), Hook(run.save_every, save), *stage.look],
+                hooks=[*map(remember, stage.measure(mesh, rows)), Hook(run.save_every, save), *stage.look],
                 save=save,
                 log=log,
                 units=units,
@@ -208,9 +201,9 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
     return train_state, mesh
 
 
-def _units(stage: Stage) -> Units:
+def _units(stage: Stage, row: Batch) -> Units:
     peak, _ = peak_flops(stage.compute.dtype)
-    tokens = stage.rows_per_step * (stage.tokens_per_row or stage.cfg.sequence_len)
+    tokens = stage.rows_per_step * row["tokens"].size
     return Units(tokens, tokens * stage.cfg.flops_per_token(), peak * jax.device_count())
 
 
@@ -238,11 +231,21 @@ def validation_hook(
     return Hook(every, run)
 
 
-def _steps(
-    stage: Stage, like: state.TrainState, mesh: jax.sharding.Mesh, start: int, accumulate: int
-) -> tuple[Callable[..., tuple[state.TrainState, state.StepMetrics]], Iterator[Any]]:
-    """The train step, and what to feed it from a step on."""
+def _size(stage: Stage, run: RunConfig, like: state.TrainState, mesh: jax.sharding.Mesh) -> Sized:
+    """The train step, with micro-batches that fit."""
     train_step = state.make_train_step(stage.loss_fn, stage.tx, like, stage.seed)
+    if stage.row is None:
+        return unsized(train_step, micro_rows(stage.rows_per_step, run.micro_batch, mesh))
+    return size_step(
+        train_step, like, stage.row, stage.rows_per_step, run.micro_batch, mesh,
+        model=(stage.cfg, stage.compute), memory_gib=run.memory_gib,
+    )  # fmt: skip
+
+
+def _steps(
+    stage: Stage, train_step: Callable[..., Any], mesh: jax.sharding.Mesh, start: int, accumulate: int
+) -> tuple[Callable[..., tuple[state.TrainState, state.StepMetrics]], Iterator[Any]]:
+    """The whole step, and what to feed it from a step on."""
     rollout = stage.rollout
     if rollout is None:
         return train_step, _on_device(stage.batches(start), mesh, accumulate)
