@@ -71,6 +71,8 @@ def largest_fitting(
 ) -> int | None:
     """The largest size that fits, found by trying few.
 
+    Memory is taken to grow linearly, so that most sizes need no trial to be left out; none is taken without one.
+
     Args:
         sizes: to choose from.
         needed: bytes that a size takes; costs a compilation.
@@ -81,14 +83,16 @@ def largest_fitting(
     Returns:
         None if not even the smallest fits.
     """
-    fits, too_many = 0, max(sizes) + 1
+    fits, too_many, known = 0, max(sizes) + 1, [(0, fixed)]
     while unknown := [size for size in sizes if fits < size < too_many]:
-        promising = [size for size in unknown if fixed + size * per_row <= limit]
+        promising = [size for size in unknown if known[-1][1] + (size - known[-1][0]) * per_row <= limit]
         if fits and not promising:
             break
         size = max(promising, default=min(unknown))
         found = needed(size)
-        per_row = (found - fixed) / size
+        if math.isfinite(found):
+            per_row = (found - known[-1][1]) / (size - known[-1][0])
+            known.append((size, found))
         if found <= limit:
             fits = size
         else:
@@ -107,5 +111,6 @@ def explained(advice: str) -> Iterator[None]:
         raise UserError(f"the memory of {jax.devices()[0].device_kind} is exhausted; {advice}") from error
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def in_words(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

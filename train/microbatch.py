@@ -15,7 +15,7 @@ from nanochat_jax.config import Architecture
 from nanochat_jax.data.batches import Batch
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute
-from nanochat_jax.memory import gib
+from nanochat_jax.memory import in_words
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def size_step(
     per_row = memory.activation_bytes(*model, tokens)
     sizes, parts = divisors(rows_per_step, mesh), sharding.batch_devices(mesh)
     compiled: dict[int, jax.stages.Compiled] = {}
-    where, has = f"{device.device_kind}, of which {gib(limit)} are usable", f"rows of {tokens:,} tokens at a time"
+    where, has = f"{device.device_kind}, of which {in_words(limit)} are usable", f"rows of {tokens:,} tokens at a time"
     cut = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
 
     def needed(rows: int) -> float:
@@ -117,11 +117,8 @@ def size_step(
 
     def smaller(rows: int, needs: float) -> str:
         """What to propose in place of so many rows, which need so much."""
-        below = [size for size in sizes if size < rows]
-        fit = [size for size in below if fixed + size * max(per_row, (needs - fixed) / rows) <= limit]
-        if not below:
-            return SPREAD
-        return f"--run.micro-batch {max(fit)} should fit" if fit else f"try --run.micro-batch 1, or {SPREAD}"
+        fit = [size for size in sizes if size < rows and fixed + size * (needs - fixed) / rows <= limit]
+        return f"--run.micro-batch {max(fit)} should fit" if fit else SPREAD
 
     if micro_batch == "auto":
         candidates = [size for size in sizes if size * tokens <= ENOUGH_TOKENS] or sizes[:1]
@@ -133,9 +130,11 @@ def size_step(
         rows = micro_batch
         needs = needed(rows)
         if math.isinf(needs):
-            raise UserError(f"{rows} {has} do not fit {where}: {smaller(rows, 2 * limit)}")
+            raise UserError(f"{rows} {has} do not fit {where}: {smaller(rows, fixed + rows * per_row)}")
         if needs > limit:
-            log.warning("%d %s need %s of %s: %s", rows, has, gib(needs), where, smaller(rows, needs))
-    print(f"memory: {rows} {has} need {gib(needs)} of {where}; {sizes[-1] // rows} micro-batches a step")
-    advice = f"{rows} {has} were to need {gib(needs)} of {where}; is it in use by others? {smaller(rows, 1.1 * limit)}"
+            log.warning("%d %s need %s of %s: %s", rows, has, in_words(needs), where, smaller(rows, needs))
+    print(f"memory: {rows} {has} need {in_words(needs)} of {where}; {sizes[-1] // rows} micro-batches a step")
+    advice = (
+        f"{rows} {has} were to need {in_words(needs)} of {where}; is it in use by others? {smaller(rows, 1.1 * limit)}"
+    )
     return Sized(rows, compiled[rows], advice)
