@@ -33,8 +33,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 Plots = dict[str, dict[str, str]]  # title → pattern of metrics' names → label, which may refer to the pattern's groups
 
+NORMS = "Norms of the gradient and of the update"
 RATES: Plots = {
-    "Norms of the gradient and of the update": {"grad_norm": "gradient", "update_norm": "update"},
+    NORMS: {"grad_norm": "gradient", "update_norm": "update"},
     "Throughput, tokens per second": {"tokens_per_second": ""},
     "MFU, share of the device's peak": {"mfu": ""},
 }
@@ -147,7 +148,7 @@ def plots(name: str, stage: StageRun) -> list[Curves]:
         found = [(re.fullmatch(pattern, metric), label) for pattern, label in patterns.items() for metric in logged]
         metrics = {match[0]: match.expand(label) for match, label in found if match}
         levels = stage.baselines if "val_bpb" in metrics else {}
-        drawn += [Curves(title, name, stage.metrics, metrics, levels)] if metrics else []
+        drawn += [Curves(title, name, stage.metrics, metrics, levels, is_log=title == NORMS)] if metrics else []
     rates = results.learning_rates(stage) if stage.metrics else []
     return drawn + ([Curves("Learning rate of the matrices", name, rates, {"rate": ""}, {})] if rates else [])
 

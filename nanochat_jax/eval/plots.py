@@ -87,6 +87,7 @@ class Curves(Plot):
     records: list[dict[str, Any]]  # of metrics.jsonl
     metrics: dict[str, str]  # name → label; at most five
     levels: dict[str, float]  # label → horizontal line to compare with
+    is_log: bool = False
 
     def draw(self, axes: Axes, palette: Palette) -> int:
         axes.set_xlabel("step")
@@ -105,6 +106,8 @@ class Curves(Plot):
             axes.axhline(value, color=palette["ink"], linestyle=("--", ":", "-.")[i % 3], linewidth=0.9, label=label)
         last = max(record["step"] for record in self.records)
         axes.set_xlim(-last / 50, last * 51 / 50)
+        if self.is_log:
+            axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,.6g}")
         return len(self.metrics) + len(self.levels)
 
@@ -114,8 +117,8 @@ class Points(Plot):
     """Points on logarithmic axes, and lines through them."""
 
     labels: tuple[str, str]  # of the axes
-    points: dict[str, tuple[Sequence[float], Sequence[float]]]  # label → x and y
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]]
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label → x and y
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
     def draw(self, axes: Axes, palette: Palette) -> int:
         axes.set(xscale="log", yscale="log", xlabel=self.labels[0], ylabel=self.labels[1])
