@@ -270,7 +270,7 @@ def from_json[T](cls: type[T], values: Any, where: str = "config") -> T:
 def _from_json_value(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
-        if value is None and type(None) in options or any(value in typing.get_args(option) for option in options):
+        if (value is None and type(None) in options) or any(value in typing.get_args(option) for option in options):
             return value  # None, or one of a Literal's
         hint = next(option for option in options if option is not type(None))
     if dataclasses.is_dataclass(hint):

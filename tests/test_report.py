@@ -1,5 +1,6 @@
 """The report of a tiny run: complete, self-contained, safe with hostile text, content with missing parts and stages."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -15,8 +16,9 @@ from test_evaluate import make_run
 
 from nanochat_jax.config import OptimConfig, to_json, write_json
 from nanochat_jax.errors import UserError
+from nanochat_jax.eval import core
 from nanochat_jax.eval.chat import CHATCORE, Result, Verdict, wilson
-from nanochat_jax.eval.plots import Curves, series, smooth
+from nanochat_jax.eval.plots import Curves, Points, series, smooth
 from nanochat_jax.eval.report import Answer, Code, Exchange, Table, Text, side_by_side, to_html, to_markdown
 from train import dpo, evaluate, prepare, pretrain, report, results, rl, runs, sft, tokenizer
 from train.stage import RunConfig
@@ -185,6 +187,48 @@ def test_the_table_has_chatcore_where_it_was_measured(chatty):
     assert rows["mmlu"][-1].startswith("40.0 % of 10 (")
 
 
+def core_result(right: int) -> dict[str, object]:
+    share = right / 20
+    return to_json(core.Result("schema", 0, 20, right, 0, share, wilson(right, 20), 0.5, 2 * share - 1)) | {"asked": {}}
+
+
+def test_core_before_and_after(chatty):
+    for stage, right in (("base", 12), ("rl", 14)):
+        path = chatty / stage / "evaluation.json"
+        evaluation = json.loads(path.read_text())
+        measured = {"tasks": {"copa": core_result(right), HOSTILE: core_result(10)}, "compilations": 7}
+        evaluation["suites"]["core"] = measured | {
+            "core": None if stage == "base" else 0.2, "mean_centred": 0.1, "examples_per_second": 50.0, "seconds": 2.0,
+        }  # fmt: skip
+        write_json(path, evaluation)
+    page, markdown = made(chatty)
+    section = markdown.split("## CORE")[1].split("##")[0]
+    assert "| copa | 50% | 60.0 % of 20 (38.7–78.1) | 70.0 % of 20 (48.1–85.5) |" in section
+    assert "| programs compiled |  | 7 | 7 |" in section and "| CORE |  |  | 0.1000 |" in section
+    assert "| mean of 2 CORE tasks after base | 0.1000 |" in markdown and "| CORE after rl | 0.1000 |" in markdown
+    assert not {"script", "img"} & set(page.tags)
+    path.write_text(path.read_text().replace('"shots"', '"shorts"', 1))
+    assert "rl/evaluation.json cannot be read: copa: unknown key 'shorts'" in made(chatty)[0].text
+
+
+def test_learning_rates_are_those_of_the_recipe(chatty):
+    stage = runs.gather(chatty).stages["base"]
+    recipe, rates = stage.recipe, [record["rate"] for record in results.learning_rates(stage)]
+    peak = recipe["optim"]["matrix_lr"] * recipe["horizon"]["lr_scale"]
+    # Six steps: a warm-up of 40 that never ends.
+    assert rates == pytest.approx([peak * (step + 1) / 40 for step in range(6)])
+    other = dataclasses.replace(stage, checkpoint=None)
+    assert results.learning_rates(other) == []
+
+
+def test_an_image_for_a_readme(chatty, tmp_path):
+    report.main(report.Config(chatty, image=tmp_path / "docs" / "loss.png"))
+    assert (tmp_path / "docs" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    shutil.rmtree(chatty / "base")
+    with pytest.raises(UserError, match=r"--image .*loss.png: .* no metrics of pretraining"):
+        report.main(report.Config(chatty, image=tmp_path / "loss.png"))
+
+
 def test_time_and_cost(chatty):
     run = runs.gather(chatty)
     rows = {name: cells for name, *cells in results.times(run, dollars_per_hour=36.0).rows}
@@ -219,6 +263,7 @@ def test_beside_another_run(chatty, run, tmp_path, capsys):
     assert [cell[:4] for cell in rows["spelling after rl"]] == ["90.0", ""]
     assert {"parameters", "tokens of pretraining", "minutes of training and evaluation"} <= set(rows)
     assert "other <i>" in page.text
+    assert page.tags.count("svg") == sum(PLOTS.values()) + 1, "bits per byte of both in one plot"
     assert "i" not in page.tags
     note = f"{other}: sft/evaluation.json is of step 3, and there is a checkpoint of step 6"
     assert note in page.text
@@ -290,6 +335,13 @@ def test_blocks_escape_by_hand():
 def test_tables_side_by_side_in_a_terminal():
     table = side_by_side({"one": {"a": "1", "b": "20"}, "two": {"c": "x", "a": "300"}})
     assert table.plain().splitlines() == ["   one  two", "a    1  300", "b   20     ", "c         x"]
+
+
+def test_points_and_lines_of_one_label_share_a_colour():
+    lines = {"a": ([1, 100], [3, 1]), "all": ([1, 100], [2, 1])}
+    drawn = Points("t", "s", ("x", "y"), {"a": ([1, 100], [3, 1]), "b": ([1, 10], [2, 1.5])}, lines).html()
+    assert drawn.count("stroke-dasharray") >= 2 and "var(--first)" in drawn and "var(--second)" in drawn
+    assert re.findall(r">(a|b|all)</text>", drawn) == ["a", "b", "all"], "each is named once"
 
 
 def test_intervals_are_drawn_where_they_were_logged():

@@ -20,7 +20,7 @@ from nanochat_jax.data.records import load_manifest
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval import report as page
 from nanochat_jax.eval.plots import Points
-from nanochat_jax.eval.report import Block, Table, Text, number
+from nanochat_jax.eval.report import Block, Table, Text
 from nanochat_jax.files import write_bytes
 from nanochat_jax.metrics import read_metrics
 from train import cli, pretrain
@@ -161,15 +161,20 @@ AXES = {"flops": "FLOPs of training", "scaling_parameters": "parameters in matri
 
 def plot(axis: str, models: Sequence[Trained]) -> Points:
     """Bits per byte over compute or size, and the laws found."""
-    points, lines = {}, {}
+
+    def of(group: Sequence[Trained]) -> list[float]:
+        return [getattr(model, axis) for model in group]
+
+    found = {name: law for of_axis, name, _, law in laws(models) if of_axis == axis}
+    labels = {name: f"{name}: ∝ x^{law.exponent:.3f}" for name, law in found.items()}
+    points = {}
     for ratio in sorted({model.ratio for model in models}):
-        group = [model for model in models if model.ratio == ratio]
-        points[f"ratio {ratio:g}"] = ([getattr(m, axis) for m in group], [m.bits_per_byte for m in group])
-    for of_axis, name, group, law in laws(models):
-        if of_axis == axis:
-            sizes = [getattr(model, axis) for model in group]
-            x = np.geomspace(min(sizes), max(sizes), 50)
-            lines[f"{name}: ∝ x^{law.exponent:.3f}"] = (x.tolist(), (law.factor * x**law.exponent).tolist())
+        name, group = f"ratio {ratio:g}", [model for model in models if model.ratio == ratio]
+        points[labels.get(name, name)] = (of(group), [model.bits_per_byte for model in group])
+    lines = {}
+    for name, law in found.items():
+        x = np.geomspace(min(of(models)), max(of(models)), 50)
+        lines[labels[name]] = (x.tolist(), (law.factor * x**law.exponent).tolist())
     return Points(f"Bits per byte by {AXES[axis]}", "sweep", (AXES[axis], "validation bits per byte"), points, lines)
 
 
@@ -179,7 +184,7 @@ def write(folder: Path, models: Sequence[Trained]) -> None:
     rows = [
         (
             f"d{m.depth}", f"{m.ratio:g}", f"{m.parameters:,}", f"{m.tokens:,}", f"{m.epochs:.2f}", f"{m.flops:.3g}",
-            f"{m.bits_per_byte:.4f}", number(m.hours, 3),
+            f"{m.bits_per_byte:.4f}", f"{m.hours:.3g}",
         )
         for m in models
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib
 import numpy as np
@@ -42,8 +42,10 @@ class Plot(Block):
     title: str
     stage: str  # tells it from another stage's plot of this title
 
-    def draw(self, axes: Axes, palette: Palette) -> int:
-        """Draw, and return how many things a legend would name."""
+    legend_columns: ClassVar[int] = 4
+
+    def draw(self, axes: Axes, palette: Palette) -> bool:
+        """Draw, and return whether a legend is needed."""
         raise NotImplementedError
 
     def html(self) -> str:
@@ -54,8 +56,8 @@ class Plot(Block):
         salt = f"{self.stage}: {self.title}"  # ids of two plots on a page must differ
         with matplotlib.rc_context(style(STAND_INS) | {"svg.hashsalt": salt}):
             figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-            if self.draw(figure.subplots(), STAND_INS) > 1:
-                figure.legend(loc="outside upper left", ncols=4, fontsize=8)
+            if self.draw(figure.subplots(), STAND_INS):
+                figure.legend(loc="outside upper left", ncols=self.legend_columns, fontsize=8)
             figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         # Without width and height, the drawing takes those of the page.
         svg = re.sub(r'.*?<svg .*?(viewBox=".*?").*?>', r"<svg \1>", file.getvalue(), count=1, flags=re.DOTALL)
@@ -71,7 +73,7 @@ def save_png(plots: Sequence[Plot], path: Path) -> None:
         figure = Figure(figsize=(4.6 * len(plots), 3.2), layout="constrained")
         for plot, axes in zip(plots, np.atleast_1d(figure.subplots(1, len(plots))), strict=True):
             axes.set_title(plot.title, fontsize=10, loc="left")
-            if plot.draw(axes, light) > 1:
+            if plot.draw(axes, light):
                 axes.legend(fontsize=8)
         figure.savefig(file, format="png", dpi=150)
     write_bytes(path, file.getvalue())
@@ -89,7 +91,7 @@ class Curves(Plot):
     levels: dict[str, float]  # label → horizontal line to compare with
     is_log: bool = False
 
-    def draw(self, axes: Axes, palette: Palette) -> int:
+    def draw(self, axes: Axes, palette: Palette) -> bool:
         axes.set_xlabel("step")
         for (name, label), ink in zip(self.metrics.items(), INKS[2:], strict=False):
             steps, values = series(self.records, name)
@@ -109,27 +111,33 @@ class Curves(Plot):
         if self.is_log:
             axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,.6g}")
-        return len(self.metrics) + len(self.levels)
+        return len(self.metrics) + len(self.levels) > 1
 
 
 @dataclass(frozen=True)
 class Points(Plot):
-    """Points on logarithmic axes, and lines through them."""
+    """Points on logarithmic axes, and lines through them: those of a group of points in its colour."""
 
     labels: tuple[str, str]  # of the axes
-    points: Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label → x and y
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label → x and y; at most five
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
-    def draw(self, axes: Axes, palette: Palette) -> int:
+    legend_columns = 2  # labels are long
+
+    def draw(self, axes: Axes, palette: Palette) -> bool:
         axes.set(xscale="log", yscale="log", xlabel=self.labels[0], ylabel=self.labels[1])
-        for (label, (x, y)), ink in zip(self.points.items(), INKS[2:], strict=False):
-            axes.plot(x, y, "o", color=palette[ink], label=label, markersize=5)
-        for label, (x, y) in self.lines.items():
-            axes.plot(x, y, "--", color=palette["ink"], label=label, linewidth=1)
+        inks = dict(zip(self.points, INKS[2:], strict=False))
+        for label, ink in inks.items():
+            axes.plot(*self.points[label], "o", color=palette[ink], label=label, markersize=5)
+        for label, line in self.lines.items():
+            name = "_" if label in inks else label  # matplotlib's sign for no entry in the legend
+            axes.plot(*line, "--", color=palette[inks.get(label, "ink")], label=name, linewidth=1)
+        axes.xaxis.set_major_formatter("{x:.0e}")
+        axes.xaxis.set_minor_formatter("")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which("{x:,.4g}")
         axes.tick_params(axis="y", which="minor", labelsize=8)
-        return len(self.points) + len(self.lines)
+        return True
 
 
 def series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
