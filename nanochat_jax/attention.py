@@ -4,10 +4,13 @@ A query at position p sees the keys at positions p-window … p (window + 1 of t
 segments are given. Scores are scaled by 1/sqrt(head_dim) and the softmax runs in float32.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from nanochat_jax.cache import EmptyCache, KVCache, slot_positions, write
+from nanochat_jax.decode_attention import decode_attention, supports
 
 QUERY_CHUNK = 256  # queries a block of the chunked backend: small enough to skip most of what is masked
 KEY_BLOCK = 128  # keys a block where one query looks into a cache on a CPU
@@ -99,19 +102,35 @@ def attend_cached(
         key_positions_BS = jnp.concatenate([slot_positions(lengths_B, S), chunk_positions_BT], axis=1)
     distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
     mask_BTS = (distance_BTS >= 0) & (distance_BTS <= window) & (key_positions_BS >= 0)[:, None, :]
-    if T == 1 and S > 4 * KEY_BLOCK:  # where it pays even for full caches, or nearly
-        longest = jnp.max(jnp.where(counts_B > 0, lengths_B + counts_B, 0))
-        operands = q_BTNH, seen_keys, seen_values, mask_BTS, longest
-        mixed_BTNH = jax.lax.platform_dependent(
-            *operands, cpu=_blockwise_attention, default=lambda *operands: masked_attention(*operands[:4])
-        )
-    else:
+    if T > 1:
         mixed_BTNH = masked_attention(q_BTNH, seen_keys, seen_values, mask_BTS)
+    else:
+        lengths_B = jnp.where(counts_B > 0, lengths_B + counts_B, 0)
+        operands = q_BTNH, seen_keys, seen_values, mask_BTS, lengths_B
+        cpu = _blockwise_attention if S > 4 * KEY_BLOCK else _whole_attention  # where it pays even for full caches
+        gpu = partial(_kernel_attention, window=window)
+        mixed_BTNH = jax.lax.platform_dependent(*operands, cpu=cpu, cuda=gpu, default=_whole_attention)
     return mixed_BTNH.astype(q_BTNH.dtype), keys, values
 
 
+def _whole_attention(
+    q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array, _: jax.Array
+) -> jax.Array:
+    return masked_attention(q_B1NH, k_BKSH, v_BKSH, mask_B1S)
+
+
+def _kernel_attention(
+    q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array, lengths_B: jax.Array, *, window: int
+) -> jax.Array:
+    (B, _, N, H), K = q_B1NH.shape, k_BKSH.shape[1]
+    q_BKGH = q_B1NH.reshape(B, K, N // K, H)
+    if not supports(q_BKGH, k_BKSH):
+        return masked_attention(q_B1NH, k_BKSH, v_BKSH, mask_B1S)
+    return decode_attention(q_BKGH, k_BKSH, v_BKSH, lengths_B, window).reshape(B, 1, N, H)
+
+
 def _blockwise_attention(
-    q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array, longest: jax.Array
+    q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array, lengths_B: jax.Array
 ) -> jax.Array:
     """masked_attention of one query, which reads only the blocks of the cache that the longest row has filled.
 
@@ -120,7 +139,7 @@ def _blockwise_attention(
     """
     (B, _, N, H), (K, S) = q_B1NH.shape, k_BKSH.shape[1:3]
     q_BKGH = q_B1NH.reshape(B, K, N // K, H)
-    blocks = (jnp.minimum(longest, S) + KEY_BLOCK - 1) // KEY_BLOCK
+    blocks = (jnp.minimum(jnp.max(lengths_B), S) + KEY_BLOCK - 1) // KEY_BLOCK
 
     def block(x: jax.Array, i: jax.Array, axis: int) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, i * KEY_BLOCK, KEY_BLOCK, axis)  # the last one begins early, to fit
@@ -136,7 +155,8 @@ def _blockwise_attention(
 
     scores = jax.lax.fori_loop(0, blocks, score, jnp.zeros((B, K, N // K, S)))
     weights_BKGS = jax.nn.softmax(jnp.where(mask_B1S[:, None], scores * H**-0.5, -1e30), axis=-1).astype(v_BKSH.dtype)
-    return jax.lax.fori_loop(0, blocks, mix, jnp.zeros((B, K, N // K, H))).reshape(B, 1, N, H)
+    mixed = jax.lax.fori_loop(0, blocks, mix, jnp.zeros((B, K, N // K, H)))
+    return mixed.reshape(B, 1, N, H).astype(v_BKSH.dtype)
 
 
 def masked_attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:

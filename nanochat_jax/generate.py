@@ -19,6 +19,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+STEPS_BETWEEN_LOOKS = 8
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
 
@@ -147,6 +148,10 @@ def decode(
         The slots, all returned tokens fed, and the tokens.
     """
     B, T = forced_BT.shape
+    limits_B = jnp.minimum(limits_B, T)
+    # Whether all have halted is known on the host only after the device has caught up, which costs a GPU more than idle
+    # steps.
+    between_looks = 1 if jax.default_backend() == "cpu" else min(T, STEPS_BETWEEN_LOOKS)
     # A running slot takes one token a step. Drawn here, for all steps: the generator is slow on few numbers.
     positions_BT = slots.rows.cache.lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     uniforms_BT = uniforms(slots.how.seed_B, positions_BT)
@@ -180,8 +185,12 @@ def decode(
         jnp.zeros((B, T, top), jnp.int32),
         jnp.zeros((B, T, top)),
     )
+
+    def steps(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        return jax.lax.fori_loop(0, between_looks, lambda _, state: step(state), state)
+
     start = (jnp.int32(0), slots.rows, limits_B > 0, none)
-    state = jax.lax.while_loop(lambda state: (state[0] < T) & jnp.any(state[2]), step, start)
+    state = jax.lax.while_loop(lambda state: (state[0] < T) & jnp.any(state[2]), steps, start)
     return slots._replace(rows=state[1]), state[3]
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from nanochat_jax.fp8 import fp8_linear
 
 RMS_EPSILON = 1.1920929e-07  # float32's epsilon, in every dtype
 ROPE_BASE = 100_000.0
@@ -19,6 +22,7 @@ class Compute:
 
     dtype: str = "float32"  # of activations; also of the token and value embeddings, and their moments
     attention: str = "xla"  # a backend of attention.py
+    fp8: bool = False  # products of the blocks' matrices with 8-bit operands
 
 
 def default_compute() -> Compute:
@@ -44,19 +48,59 @@ def param(
     return cast(jax.Array, module.param(name, nn.with_partitioning(init, axes), shape, jnp.dtype(dtype)))
 
 
+@jax.custom_vjp
 def rms_norm(x: jax.Array) -> jax.Array:
-    """Scale the last axis to a root mean square of 1, without learned parameters; the arithmetic is float32."""
+    """Scale the last axis to a root mean square of 1, without learned parameters; the arithmetic is float32.
+
+    The gradient follows from the result, which the next product keeps anyway: x is not kept.
+    """
+    return _rms_norm_forward(x)[0]
+
+
+def _rms_norm_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x_f32 = x.astype(jnp.float32)
-    return (x_f32 * jax.lax.rsqrt(jnp.mean(x_f32**2, -1, keepdims=True) + RMS_EPSILON)).astype(x.dtype)
+    factor = jax.lax.rsqrt(jnp.mean(x_f32**2, -1, keepdims=True) + RMS_EPSILON)
+    y = (x_f32 * factor).astype(x.dtype)
+    return y, (y, factor)
 
 
-def linear(x: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """x @ kernel in the dtype of x: master weights may be wider."""
-    return x @ kernel_IO.astype(x.dtype)
+def _rms_norm_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array]:
+    y, factor = (x.astype(jnp.float32) for x in residuals)
+    grad_f32 = grad.astype(jnp.float32)
+    return ((factor * (grad_f32 - y * jnp.mean(y * grad_f32, -1, keepdims=True))).astype(grad.dtype),)
 
 
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def linear(x: jax.Array, kernel_IO: jax.Array, *, fp8: bool = False) -> jax.Array:
+    """x @ kernel in the dtype of x, or from 8-bit operands: master weights may be wider."""
+    if fp8:
+        return fp8_linear(x, kernel_IO)
+    kernel_IO = kernel_IO.astype(x.dtype)
+    if x.size == x.shape[-1] and jax.default_backend() == "gpu":
+        # XLA writes out all terms of a single row's product and adds them up; for several rows it has fast kernels.
+        rows = jnp.pad(x.reshape(1, -1), ((0, 15), (0, 0))) @ kernel_IO
+        return jax.lax.optimization_barrier(rows)[:1].reshape(*x.shape[:-1], -1)
+    return x @ kernel_IO
+
+
+@jax.custom_vjp
 def relu2(x: jax.Array) -> jax.Array:
+    """Squared ReLU. Its gradient follows from the result, which the next product keeps anyway: x itself is not kept."""
     return jnp.square(jax.nn.relu(x))
+
+
+def _relu2_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y = relu2(x)
+    return y, y
+
+
+def _relu2_backward(y: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+    return (grad * (2 * jnp.sqrt(y)),)
+
+
+relu2.defvjp(_relu2_forward, _relu2_backward)
 
 
 @jax.custom_vjp
@@ -87,10 +131,41 @@ def rotary(positions_BT: jax.Array, head_dim: int, dtype: jnp.dtype) -> tuple[ja
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
-def apply_rotary(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turn the first half of each head against the second half by -theta (upstream's direction)."""
-    first, second = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+    halves = x_BTNH.reshape(*x_BTNH.shape[:-1], 2, -1)
+    signed = jnp.stack([sin, -sin], axis=-2)
+    return (halves * cos[..., None, :] + halves[..., ::-1, :] * signed).reshape(x_BTNH.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def rotate_and_norm(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, scale: float) -> jax.Array:
+    """RoPE, then each head scaled to a root mean square of `scale`; the arithmetic is float32.
+
+    The gradient follows from the result, which attention keeps anyway: neither x nor the turned x is kept.
+    """
+    return _rotate_and_norm_forward(x_BTNH, cos, sin, scale)[0]
+
+
+def _rotate_and_norm_forward(
+    x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, scale: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    turned = _rotate(x_BTNH.astype(jnp.float32), cos, sin)
+    factor = scale * jax.lax.rsqrt(jnp.mean(turned**2, -1, keepdims=True) + RMS_EPSILON)
+    y_BTNH = (turned * factor).astype(x_BTNH.dtype)
+    return y_BTNH, (y_BTNH, factor, cos, sin)
+
+
+def _rotate_and_norm_backward(
+    scale: float, residuals: tuple[jax.Array, ...], grad_BTNH: jax.Array
+) -> tuple[jax.Array, None, None]:
+    y_BTNH, factor, cos, sin = residuals
+    grad, normed = grad_BTNH.astype(jnp.float32), y_BTNH.astype(jnp.float32) / scale
+    turned_grad = factor * (grad - normed * jnp.mean(normed * grad, -1, keepdims=True))
+    return _rotate(turned_grad, cos, -sin).astype(grad_BTNH.dtype), None, None
+
+
+rotate_and_norm.defvjp(_rotate_and_norm_forward, _rotate_and_norm_backward)
 
 
 def smear(x_BTD: jax.Array, previous_BTD: jax.Array, gate_C1: jax.Array, scale: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ other files see no Module. Matrices are (in, out); torch's are (out, in).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ class Attention(nn.Module):
         cfg, (B, T) = self.cfg, h_BTD.shape[:2]
         q_dim, kv_dim = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
         uniform = _uniform((3 / cfg.n_embd) ** 0.5)
+        linear = partial(layers.linear, fp8=self.compute.fp8)
         q_BTNH = linear(h_BTD, param(self, "q", uniform, (cfg.n_embd, q_dim), ("embed", "heads")))
         k_BTKH = linear(h_BTD, param(self, "k", uniform, (cfg.n_embd, kv_dim), ("embed", "kv_heads")))
         v_BTKH = linear(h_BTD, param(self, "v", uniform, (cfg.n_embd, kv_dim), ("embed", "kv_heads")))
@@ -60,20 +62,22 @@ class Attention(nn.Module):
             shape = (cfg.padded_vocab_size, kv_dim)
             table = param(self, "value_embed", uniform, shape, ("value_vocab", "kv_heads"), self.compute.dtype)
             gate = param(self, "ve_gate", _positive(0.02), (VE_GATE_CHANNELS, cfg.n_kv_head), (None, "kv_heads"))
-            gate_BTK1 = 3 * jax.nn.sigmoid(linear(h_BTD[..., :VE_GATE_CHANNELS], gate))[..., None]
+            gate_BTK1 = 3 * jax.nn.sigmoid(layers.linear(h_BTD[..., :VE_GATE_CHANNELS], gate))[..., None]
             v_BTKH += gate_BTK1 * layers.embed(table, tokens_BT).astype(v_BTKH.dtype).reshape(v_BTKH.shape)
-        q_BTNH, k_BTKH = (rms_norm(layers.apply_rotary(x, *rotation)) * QK_SCALE for x in (q_BTNH, k_BTKH))
+        q_BTNH, k_BTKH = (layers.rotate_and_norm(x, *rotation, QK_SCALE) for x in (q_BTNH, k_BTKH))
         mixed_BTD = mix(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, q_dim)
         return linear(mixed_BTD, param(self, "proj", nn.initializers.zeros, (q_dim, cfg.n_embd), ("heads", "embed")))
 
 
 class MLP(nn.Module):
     cfg: ModelConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, h_BTD: jax.Array) -> jax.Array:
         D = self.cfg.n_embd
         limit = 0.4 * (3 / D) ** 0.5
+        linear = partial(layers.linear, fp8=self.compute.fp8)
         h_BTF = layers.relu2(linear(h_BTD, param(self, "fc", _uniform(limit), (D, 4 * D), ("embed", "mlp"))))
         return linear(h_BTF, param(self, "proj", nn.initializers.zeros, (4 * D, D), ("mlp", "embed")))
 
@@ -87,7 +91,7 @@ class Block(nn.Module):
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array, rotation: Rotation, mix: Mix) -> jax.Array:
         attn = Attention(self.cfg, self.spec, self.compute, name="attn")
         x_BTD += attn(rms_norm(x_BTD), tokens_BT, rotation, mix)
-        return x_BTD + MLP(self.cfg, name="mlp")(rms_norm(x_BTD))
+        return x_BTD + MLP(self.cfg, self.compute, name="mlp")(rms_norm(x_BTD))
 
 
 class Transformer(nn.Module):

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nanochat_jax.gram import gram
+
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -47,13 +49,10 @@ def orthogonalize(x_SIO: jax.Array) -> jax.Array:
     target_norm = _frobenius(x_SIO) / cols**0.5
     x_SIO = x_SIO * (target_norm / jnp.maximum(row_norm, 1e-6)).astype(x_SIO.dtype)
     x_SIO = (x_SIO / (_frobenius(x_SIO) * 1.01 + 1e-6)).astype(x_SIO.dtype)
-    for a, b, c in POLAR_EXPRESS:
-        if cols <= rows:
-            gram = x_SIO.mT @ x_SIO
-            x_SIO = a * x_SIO + x_SIO @ (b * gram + c * (gram @ gram))
-        else:
-            gram = x_SIO @ x_SIO.mT
-            x_SIO = a * x_SIO + (b * gram + c * (gram @ gram)) @ x_SIO
+    wide = rows < cols
+    for coefficients in POLAR_EXPRESS:
+        polynomial_SMM = gram(gram(x_SIO, of_columns=not wide), coefficients)  # on the short side
+        x_SIO = polynomial_SMM @ x_SIO if wide else x_SIO @ polynomial_SMM
     return (x_SIO * (min(rows, cols) ** 0.5 / jnp.maximum(_frobenius(x_SIO), 1e-6))).astype(x_SIO.dtype)
 
 

@@ -1,6 +1,7 @@
 """What training carries from step to step, and one step of it."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ def make_train_step(
     as they were.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    in_float32 = partial(jax.tree.map, lambda x: x.astype(jnp.float32))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -74,13 +76,16 @@ def make_train_step(
         (loss_sum, others), grads = total
         count = jnp.maximum(others.pop("count"), 1).astype(jnp.float32)
         means = {name: value / count for name, value in others.items()}
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
-        loss, grad_norm = loss_sum / count, optax.tree.norm(grads)
+        loss, grad_norm = loss_sum / count, optax.tree.norm(in_float32(grads)) / count
         applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        proposed = (optax.apply_updates(state.params, updates), opt_state)
-        kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), proposed, (state.params, state.opt_state))
+        def update() -> tuple[Params, Any]:
+            mean_grads = jax.tree.map(lambda g: g / count, in_float32(grads))
+            updates, opt_state = tx.update(mean_grads, state.opt_state, state.params)
+            return optax.apply_updates(state.params, updates), opt_state
+
+        # A branch, not a select: that would read and write everything once more.
+        kept = jax.lax.cond(applied, update, lambda: (state.params, state.opt_state))
         return TrainState(state.step + 1, *kept), StepMetrics(loss, grad_norm, applied, means)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)

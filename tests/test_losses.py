@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanochat_jax import losses
 from nanochat_jax.losses import dpo_loss
 
 # Log-ratios of chosen and rejected, (0.5, −1), (0.25, 0.25) and (−0.5, 1): with beta ½ the margins are ¾, 0 and −¾.
@@ -67,3 +68,11 @@ def test_far_from_the_reference_everything_stays_finite():
     np.testing.assert_array_equal(accuracy_P, [1, 0])
     slopes = jax.grad(lambda p: dpo_loss(p, jnp.zeros((2, 2)), beta=1.0)[0].sum())(policy)
     np.testing.assert_allclose(slopes, [[0, 0], [-1, 1]], atol=1e-12)
+
+
+def test_bfloat16_logits_are_capped_as_tanh_would():
+    logits = jnp.linspace(-60, 60, 2001).astype(jnp.bfloat16)
+    capped, slope = losses._capped_and_slope(logits, 15.0)
+    exact = np.tanh(np.asarray(logits, np.float64) / 15)
+    np.testing.assert_allclose(capped, 15 * exact, atol=2e-5)
+    np.testing.assert_allclose(slope, 1 - exact**2, atol=2e-6)

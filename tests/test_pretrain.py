@@ -31,9 +31,15 @@ def config(data: Path, out: Path, **changes) -> pretrain.Config:
     return pretrain.Config(
         data=data,
         run=RunConfig(**run),
-        model=pretrain.ModelArgs(depth=1, head_dim=32),
         optim=OptimConfig(warmup_steps=2),
-        **{"steps": STEPS, "batch_tokens": 512, "prompts": ("ab",), "seed": 3, **changes},
+        **{
+            "model": pretrain.ModelArgs(depth=1, head_dim=32),
+            "steps": STEPS,
+            "batch_tokens": 512,
+            "prompts": ("ab",),
+            "seed": 3,
+            **changes,
+        },
     )
 
 
@@ -225,3 +231,13 @@ def test_the_trained_model_loads_and_writes(whole, capsys):
 def test_sampling_without_a_checkpoint_says_how_to_make_one(tmp_path):
     with pytest.raises(UserError, match=r"train\.pretrain"):
         load_model(tmp_path)
+
+
+def test_fp8_trains_in_bfloat16_alone(tiny_data, tmp_path):
+    fp8 = pretrain.ModelArgs(depth=1, head_dim=32, fp8=True)
+    with pytest.raises(UserError, match="not for dtype=float32"):
+        pretrain.main(config(tiny_data, tmp_path / "a", model=fp8))
+    bfloat16 = {"compute": ComputeConfig(dtype="bfloat16", attention="xla")}
+    pretrain.main(config(tiny_data, tmp_path / "b", model=fp8, run=bfloat16))
+    losses = [record["loss"] for record in read_metrics(tmp_path / "b") if "loss" in record]
+    assert losses[-1] < losses[0]

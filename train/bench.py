@@ -109,7 +109,7 @@ def architecture(config: Train | Decode) -> ModelConfig:
 
 def bench_train(config: Train) -> dict[str, Any]:
     """Measure the training step on a mesh."""
-    compute = config.device.compute.resolve()
+    compute = config.model.training_compute(config.device.compute.resolve())
     cfg = architecture(config)
     mesh = sharding.make_mesh(config.mesh)
     rows = config.batch * config.accumulate * sharding.batch_devices(mesh)

@@ -44,6 +44,20 @@ class ModelArgs:
     """Channels of an attention head."""
     window_pattern: str = "SSSL"
     """Attention window of the layers in turn: S(hort) is a quarter of the sequence, L(ong) all; the last is long."""
+    fp8: bool = False
+    """Train with 8-bit operands in the blocks' products, on Hopper, Ada or newer; evaluation stays in bfloat16."""
+
+    def training_compute(self, compute: Compute) -> Compute:
+        """How the training step computes, where everything else computes so.
+
+        Raises:
+            UserError: fp8 goes neither with the dtype nor with the device.
+        """
+        capability = getattr(jax.devices()[0], "compute_capability", None)  # None where there is no NVIDIA GPU
+        if self.fp8 and (compute.dtype != "bfloat16" or (capability is not None and float(capability) < 8.9)):
+            on = f"a GPU of compute capability {capability}" if capability else f"dtype={compute.dtype}"
+            raise UserError(f"--model.fp8 is for bfloat16 on GPUs of compute capability 8.9 or more, not for {on}")
+        return replace(compute, fp8=self.fp8)
 
 
 @dataclass(frozen=True)
@@ -138,13 +152,14 @@ def main(config: Config) -> Result:
             "tokenizer": tok.sha256,
             "data": manifest.fingerprint,
             "compute_dtype": compute.dtype,
+            "fp8": config.model.fp8,
             "init_from": start.fingerprint if start else None,
         },
         cfg=cfg,
         tokenizer=tok,
         tx=plan.tx,
         start=from_stored(start, plan.tx) if start else fresh(cfg, compute, plan.tx, config.seed),
-        loss_fn=language_model_loss(cfg, compute),
+        loss_fn=language_model_loss(cfg, config.model.training_compute(compute)),
         batches=feed,
         steps=plan.steps,
         rows_per_step=rows,
@@ -170,7 +185,7 @@ def plan_nanochat(config: Config, vocab_size: int, sequence_len: int, start: Arc
     if start is not None:
         if not isinstance(start, ModelConfig):
             raise UserError("--init-from holds a GPT-2: choose one of the gpt2 presets for its optimizer")
-        if config.model != ModelArgs():
+        if replace(config.model, fp8=False) != ModelArgs():
             raise UserError("--model sets a new architecture, --init-from takes the one it finds: give one of them")
         cfg = replace(start, sequence_len=sequence_len)
     length = horizon(
