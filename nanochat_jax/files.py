@@ -34,8 +34,11 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     text = re.sub(r"^gs:/+", "gs://", os.fspath(path))
     if not is_remote(text):
         return Path(text).expanduser()
+    import fsspec
     from etils import epath
 
+    for protocol in ("gs", "gcs"):  # what other processes write must be seen
+        fsspec.config.conf[protocol] = {"use_listings_cache": False, **fsspec.config.conf.get(protocol, {})}
     require_network(os.environ.get("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com"))
     found: Path = epath.Path(text)
     return found

@@ -19,9 +19,7 @@ from tqdm import tqdm
 from nanochat_jax import gpt2, model, optim, tokenizer
 from nanochat_jax.config import Architecture, ModelConfig, OptimConfig, from_depth, horizon
 from nanochat_jax.data.batches import Batch as Rows
-from nanochat_jax.data.batches import batches
-from nanochat_jax.data.pretrain import open_split
-from nanochat_jax.data.records import load_manifest
+from nanochat_jax.data.corpus import Corpus, open_corpus
 from nanochat_jax.errors import UserError
 from nanochat_jax.generate import continue_texts, usable_prompts
 from nanochat_jax.layers import Compute
@@ -62,8 +60,9 @@ class ModelArgs:
 
 @dataclass(frozen=True)
 class Config:
-    data: Path
-    """Folder made by train.prepare."""
+    data: str
+    """Folder made by train.prepare, on disk or in a bucket (gs://…); several with weights are mixed: FOLDER*3,FOLDER*1
+    takes three of four rows from the first."""
     run: RunConfig
     preset: Literal["nanochat", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "char", "char-cpu"] = "nanochat"
     """nanochat is set by --model and --optim; the others are nanoGPT's runs: architecture, batch, steps and AdamW."""
@@ -84,6 +83,9 @@ class Config:
     """Rows of the validation split to measure on during training; 0 for all."""
     prompts: tuple[str, ...] = ("The", "My fellow citizens", "In the year")
     """What samples begin with."""
+    window_units: int = 0
+    """Begin while train.prepare is still at work, as soon as so many of its work units are ready, and shuffle within
+    such windows; 0 waits for all, and shuffles all."""
     seed: int = 0
     """Of the initial parameters and of the order of the data."""
 
@@ -113,33 +115,33 @@ class Result:
 
 def main(config: Config) -> Result:
     """Pretrain, and return the final state."""
-    manifest = load_manifest(config.data)
-    tok = tokenizer.load(config.data / "tokenizer.model")
+    corpus = open_corpus(config.data, window_units=config.window_units)
+    tok = corpus.tokenizer
     compute = config.run.compute.resolve()
     start = None if config.init_from is None else open_model(config.init_from)
     if start is not None and start.tokenizer.sha256 != tok.sha256:
         raise UserError(f"{config.init_from} has another tokenizer than {config.data}; prepare the data with its own")
     make_plan = plan_nanochat if config.preset == "nanochat" else plan_gpt2
-    plan = make_plan(config, tok.vocab_size, manifest.sequence_len, start.cfg if start else None, compute.dtype)
+    plan = make_plan(config, tok.vocab_size, corpus.sequence_len, start.cfg if start else None, compute.dtype)
     cfg, rows = plan.cfg, plan.rows
-    train_records = open_split(config.data, "train", tokenizer_sha256=tok.sha256)
-    val_records = open_split(config.data, "val", tokenizer_sha256=tok.sha256)
-    if len(train_records) < rows:
+    if len(corpus.train) < rows:
         raise UserError(
-            f"there are {len(train_records):,} {train_records.name}, less than one batch of {rows:,} rows: "
+            f"there are {len(corpus.train):,} train records in {config.data}, less than one batch of {rows:,} rows: "
             "give more text, a smaller --batch-tokens or a shorter --sequence-len"
         )
-    _announce(plan, len(train_records))
+    _announce(plan, corpus)
 
     def feed(step: int) -> Iterator[Rows]:
-        return batches(
-            train_records, batch_size=rows, seed=config.seed, start_step=step,
+        return corpus.batches(
+            batch_size=rows, seed=config.seed, start_step=step,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
 
-    def measure(mesh: jax.sharding.Mesh, rows: int) -> list[Hook]:
+    def measure(mesh: jax.sharding.Mesh, micro_rows: int) -> list[Hook]:
         every, limit = config.run.eval_every, config.eval_rows
-        return [validation_hook(every, val_records, rows, limit=limit, model=(cfg, tok, compute), mesh=mesh)]
+        validate = validation_hook(every, corpus.val, micro_rows, limit=limit, model=(cfg, tok, compute), mesh=mesh)
+        count = Hook(every, lambda step, _: {f"epochs of {k}": v for k, v in corpus.epochs(step * rows).items()})
+        return [validate, count] if len(corpus.sets) > 1 else [validate]
 
     stage = Stage(
         name="pretrain",
@@ -150,7 +152,7 @@ def main(config: Config) -> Result:
             **plan.numbers,
             "seed": config.seed,
             "tokenizer": tok.sha256,
-            "data": manifest.fingerprint,
+            "data": corpus.fingerprint,
             "compute_dtype": compute.dtype,
             "fp8": config.model.fp8,
             "init_from": start.fingerprint if start else None,
@@ -163,7 +165,7 @@ def main(config: Config) -> Result:
         batches=feed,
         steps=plan.steps,
         rows_per_step=rows,
-        row=train_records.row(0),
+        row=corpus.train.row(0),
         seed=config.seed,
         compute=compute,
         measure=measure,
@@ -252,15 +254,17 @@ def sample_hook(
     return Hook(every, run)
 
 
-def _announce(plan: Plan, records_count: int) -> None:
-    cfg, row_tokens = plan.cfg, plan.cfg.sequence_len
-    tokens = plan.steps * plan.rows * row_tokens
+def _announce(plan: Plan, corpus: Corpus) -> None:
+    cfg, rows = plan.cfg, plan.steps * plan.rows
+    tokens = rows * cfg.sequence_len
     print(
         f"model: {cfg.n_layer} layers of width {cfg.n_embd}, {cfg.param_counts()['total']:,} parameters, "
         f"{cfg.flops_per_token():,} FLOPs a token\n"
-        f"training: {plan.steps:,} steps of {plan.rows * row_tokens:,} tokens = {tokens:,} tokens, "
-        f"{tokens / (records_count * row_tokens):.2f} epochs, {tokens * cfg.flops_per_token():.3g} FLOPs"
+        f"training: {plan.steps:,} steps of {plan.rows * cfg.sequence_len:,} tokens = {tokens:,} tokens, "
+        f"{tokens * cfg.flops_per_token():.3g} FLOPs"
     )
+    for name, epochs in corpus.epochs(rows).items():
+        print(f"data: {name}, {corpus.sets[name][0]:.1%} of the rows, {epochs:.2f} epochs")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def train(config: Config, depth: int, ratio: float) -> Trained:
     out = config.run.out / f"d{depth}-r{ratio:g}"
     result = pretrain.main(
         pretrain.Config(
-            data=config.data,
+            data=str(config.data),
             run=replace(config.run, out=out),
             model=pretrain.ModelArgs(depth, config.head_dim, config.window_pattern),
             optim=config.optim,

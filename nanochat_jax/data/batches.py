@@ -15,6 +15,16 @@ BATCHES_AHEAD = 8
 Batch = dict[str, np.ndarray]
 
 
+class NotYetError(Exception):
+    """The row at a position of an order is not known yet."""
+
+
+class Order(Protocol):
+    """Which row is read when: the number of a row by its position in an endless sequence, or NotYetError."""
+
+    def __getitem__(self, position: int, /) -> int: ...
+
+
 class Rows(Protocol):
     """Things to learn from, each an array by name, all of one shape."""
 
@@ -22,8 +32,21 @@ class Rows(Protocol):
     def row(self, index: int, /) -> Batch: ...
 
 
+def shuffled(start: int, stop: int, seed: int) -> Order:
+    """The rows from start to stop again and again, each time in another order, which takes no memory to know."""
+    order: Order = grain.MapDataset.range(start, stop).shuffle(seed=seed % 2**32).repeat()
+    return order
+
+
 def batches(
-    rows: Rows, *, batch_size: int, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    rows: Rows,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    order: Order | None = None,
 ) -> Iterator[Batch]:
     """Endless training batches from any step on, every epoch in a new order, read ahead by threads.
 
@@ -37,19 +60,23 @@ def batches(
         start_step: first step to yield.
         process_index: this host.
         process_count: hosts in all.
+        order: in place of shuffling all rows anew each epoch.
 
     Yields:
-        Each array of the rows, stacked: (batch_size / process_count, …).
+        Each array of the rows, stacked: (batch_size / process_count, …); nothing in place of what is not known yet.
 
     Raises:
         UserError: if the batch does not divide among the hosts.
     """
     local = rows_per_process(batch_size, process_count)
-    shuffled = grain.MapDataset.range(len(rows)).shuffle(seed=seed).repeat()
+    numbers = shuffled(0, len(rows), seed) if order is None else order
 
     def load(step: int) -> Batch:
         first = step * batch_size + process_index * local
-        return stack([rows.row(shuffled[i]) for i in range(first, first + local)])
+        try:
+            return stack([rows.row(numbers[i]) for i in range(first, first + local)])
+        except NotYetError:
+            return {}
 
     steps = grain.MapDataset.range(start_step, sys.maxsize // batch_size)
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)

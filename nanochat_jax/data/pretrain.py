@@ -1,5 +1,7 @@
 """Prepared records, by number."""
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,17 +10,18 @@ import grain
 import numpy as np
 
 from nanochat_jax.data.batches import Batch
-from nanochat_jax.data.records import SPLITS, Manifest, decode_example, load_manifest, shard_path
+from nanochat_jax.data.records import SPLITS, Manifest, Recipe, decode_example, load_manifest, shard_path
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import as_path, staged
 
 
 @dataclass(frozen=True)
-class Records:
-    """Random access to the records of one split: `records[i]` is (sequence_len + 1,) in the stored dtype."""
+class Records[R: Recipe]:
+    """Random access to records of one split: `records[i]` is (sequence_len + 1,) in the stored dtype."""
 
     name: str  # for messages
     source: Any  # of Grain: serialised examples by index
-    manifest: Manifest
+    manifest: R
 
     def __len__(self) -> int:
         return len(self.source)
@@ -39,7 +42,7 @@ class Records:
 
 def open_split(
     folder: Path, split: str, *, tokenizer_sha256: str | None = None, sequence_len: int | None = None
-) -> Records:
+) -> Records[Manifest]:
     """Open one split of a prepared folder.
 
     Args:
@@ -51,6 +54,7 @@ def open_split(
     Raises:
         UserError: if the folder is not prepared, is damaged, or does not match.
     """
+    folder = as_path(folder)
     manifest = load_manifest(folder)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: choose {' or '.join(SPLITS)}")
@@ -64,13 +68,37 @@ def open_split(
             f"the records in {folder} have sequence-len={manifest.sequence_len}, this run wants {sequence_len}: "
             "prepare the data again with the other length"
         )
-    paths = [shard_path(folder, split, unit, manifest.units) for unit in range(manifest.units)]
+    records = open_shards(folder, split, manifest, range(manifest.units), manifest.units, manifest.fingerprint)
     expected = getattr(manifest, split).records
+    if len(records) != expected:
+        raise UserError(
+            f"{folder} holds {len(records):,} {split} records, its manifest says {expected:,}: prepare it again"
+        )
+    return records
+
+
+def open_shards[R: Recipe](
+    folder: Path, split: str, recipe: R, units: Iterable[int], units_in_all: int, version: str = ""
+) -> Records[R]:
+    """Records of some work units; those in a bucket are copied to the disk first, which ArrayRecord needs.
+
+    Args:
+        folder: that holds the shards.
+        split: train or val.
+        recipe: of the records.
+        units: numbers of the units, which are finished.
+        units_in_all: as many as the set will have.
+        version: what tells the shards from others that had the same names.
+
+    Raises:
+        UserError: a shard is missing or damaged.
+    """
+    paths = [shard_path(folder, split, unit, units_in_all) for unit in units]
     try:
-        source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-        found = len(source)
+        with ThreadPoolExecutor(8) as pool:
+            local = list(pool.map(lambda path: str(staged(path, version)), paths))
+        source = grain.sources.ArrayRecordDataSource(local)
+        len(source)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot open the {split} records in {folder}: {error}; prepare the data again") from error
-    if found != expected:
-        raise UserError(f"{folder} holds {found:,} {split} records, its manifest says {expected:,}: prepare it again")
-    return Records(f"{split} records in {folder}", source, manifest)
+    return Records(f"{split} records in {folder}", source, recipe)

@@ -1,6 +1,7 @@
 """Token records on disk: what a prepared folder holds, and how Grain and TFDS both come to open it."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from nanochat_jax.config import from_json, write_json
+from nanochat_jax.config import from_json, to_json, write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json, replacing
 
@@ -73,8 +74,37 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no finished records (no manifest.json): run `python -m train.prepare` first")
+        how = "wait for it, or begin with what is ready by --window-units" if begun_path(folder).is_file() else "run it"
+        raise UserError(f"{folder} holds no finished records (no manifest.json) of `python -m train.prepare`: {how}")
     return from_json(Manifest, read_json(path), str(path))
+
+
+def load_recipe(folder: Path) -> tuple[Recipe, int]:
+    """What a folder is, or is being, prepared from, and in how many work units.
+
+    Raises:
+        UserError: if its preparation has not begun.
+    """
+    if (folder / "manifest.json").is_file() or not begun_path(folder).is_file():
+        values = to_json(load_manifest(folder))
+    else:
+        values = read_json(begun_path(folder))
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    return from_json(Recipe, {name: values.get(name) for name in names}, str(folder)), int(values["units"])
+
+
+def finished_units(folder: Path, first: int) -> list[int]:
+    """How many training records each work unit has, from the first on, as far as one after the other is finished."""
+    if (folder / "manifest.json").is_file():
+        splits = read_json(folder / "dataset_info.json")["splits"]
+        return [int(length) for length in next(s for s in splits if s["name"] == "train")["shardLengths"][first:]]
+    counts: list[int] = []
+    while (path := unit_stats_path(folder, first + len(counts))).is_file():
+        try:
+            counts.append(from_json(UnitStats, read_json(path), str(path)).train.records)
+        except UserError:  # the last unit is finished too, and these files are being removed
+            break
+    return counts
 
 
 def begun_path(folder: Path) -> Path:
