@@ -130,7 +130,7 @@ def test_an_item_goes_where_it_costs_least():
     def shapes(*items: Choices) -> dict[tuple[int, ...], int]:
         return {tuple(shape): len(rows) for shape, rows in plan(items).items()}
 
-    assert shapes(item(20, 4, 10)) == {(0, 1, 128, 128): 4}, "sharing 20 tokens is not worth a program"
+    assert shapes(item(20, 4, 10)) == {(0, 1, 128, 64): 4}, "sharing 20 tokens is not worth a program"
     assert shapes(item(230, 4, 40)) == {(256, 4, 64, 64): 1}
     assert shapes(item(230, 11, 40)) == {(256, 4, 64, 64): 3}
     assert shapes(item(300, 4, 10)) == {(256, 4, 64, 64): 1}, "what the prefix does not hold goes into the branches"

@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
 # Eleven, and one more for what fits none of them: a dozen programs whatever the tasks.
 SHAPES = (
-    *(Shape(0, 1, length, min(length, 128)) for length in (128, 256, 512, 1024, 2048, 3072)),
+    *(Shape(0, 1, length, min(length // 2, 128)) for length in (128, 256, 512, 1024, 2048, 3072)),
     *(Shape(prefix, 4, 64, 64) for prefix in (256, 512, 1024, 1536, 2048)),
 )
 ROUNDING = 128  # of the shape for what fits none
