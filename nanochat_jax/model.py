@@ -139,8 +139,9 @@ class Transformer(nn.Module):
                         window=spec.window, segment_ids_BT=segment_ids_BT, backend=self.compute.attention,
                     )  # fmt: skip
                 mixed, keys, values = attention.attend_cached(
-                    q_BTNH, k_BTKH, v_BTKH, cache, i, counts_B, window=spec.window
-                )
+                    q_BTNH, k_BTKH, v_BTKH, cache, i, counts_B,
+                    window=spec.window, backend=self.compute.attention,
+                )  # fmt: skip
                 new_keys.append(keys)
                 new_values.append(values)
                 return mixed
