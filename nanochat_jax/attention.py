@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax import splash
 from nanochat_jax.cache import EmptyCache, KVCache, slot_positions, write
 from nanochat_jax.decode_attention import decode_attention, supports
 
@@ -33,7 +34,8 @@ def attend(
         v_BTKH: values.
         window: keys seen before the query's own.
         segment_ids_BT: int32; a query sees only keys of its own segment.
-        backend: "cudnn" (NVIDIA Ampere and newer), or "xla" (everywhere, in chunks of queries).
+        backend: "cudnn" (NVIDIA Ampere and newer), "splash" (TPU, sequences of whole 128s; "splash-interpreted" to
+            test it elsewhere), or "xla" (everywhere, in chunks of queries).
 
     Returns:
         (B, T, N, H) in q's dtype.
@@ -46,6 +48,9 @@ def attend(
         return jax.nn.dot_product_attention(
             q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, local_window_size=local, implementation="cudnn"
         )
+    if backend.startswith("splash") and splash.fits(q_BTNH):
+        interpret = backend == "splash-interpreted"
+        return splash.attend(q_BTNH, k_BTKH, v_BTKH, window=window, segment_ids_BT=segment_ids_BT, interpret=interpret)
     outputs = []
     for start in range(0, T, QUERY_CHUNK):
         stop, first_key = min(start + QUERY_CHUNK, T), max(0, start - window)

@@ -33,7 +33,7 @@ def default_compute() -> Compute:
     if device.platform == "gpu":
         ampere_or_newer = float(getattr(device, "compute_capability", "0")) >= 8.0
         return Compute("bfloat16", "cudnn") if ampere_or_newer else Compute()
-    return Compute("bfloat16", "xla")
+    return Compute("bfloat16", "splash")
 
 
 def param(

@@ -4,6 +4,7 @@ Parameters name their axes (layers.param); RULES say which mesh axis cuts which 
 as their parameters do; batches are cut over data and fsdp. jax.jit does the rest.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,11 @@ def make_mesh(cfg: MeshConfig = MeshConfig(), devices: list[jax.Device] | None =
     if min(shape) < 1 or np.prod(shape) != len(devices):
         raise UserError(f"mesh: data×fsdp×tensor = {data}×{cfg.fsdp}×{cfg.tensor} does not use {len(devices)} devices")
     return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def on(mesh: Mesh) -> AbstractContextManager[Any]:
+    """A context whose computations lie on this mesh: for kernels, which the compiler cannot cut over devices itself."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def batch_devices(mesh: Mesh) -> int:

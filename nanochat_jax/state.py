@@ -56,13 +56,15 @@ def make_train_step(
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     in_float32 = partial(jax.tree.map, lambda x: x.astype(jnp.float32))
+    mesh = jax.tree.leaves(like)[0].sharding.mesh
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         accumulate = next(iter(batch.values())).shape[0]
 
         def sums(index: jax.Array | int, micro: Batch) -> Any:
-            return grad_fn(state.params, micro, jax.random.fold_in(key, index))
+            with sharding.on(mesh):
+                return grad_fn(state.params, micro, jax.random.fold_in(key, index))
 
         def accumulate_one(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, sums(*item)), None

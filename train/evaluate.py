@@ -81,10 +81,11 @@ def main(config: Config) -> dict[str, Any]:
     say(f"{config.checkpoint}, step {loaded.step:,}{f', on {config.data}' if config.data else ''}")
     for name in config.suites:
         note = "measured before on this checkpoint (--force repeats it), "
-        for result in SUITES[name].measure(Subject(config, mesh, loaded), suites.get(name, {})):
-            suites[name], note = result, ""
-            if is_first:
-                write_json(path, evaluation)
+        with sharding.on(mesh):
+            for result in SUITES[name].measure(Subject(config, mesh, loaded), suites.get(name, {})):
+                suites[name], note = result, ""
+                if is_first:
+                    write_json(path, evaluation)
         say(f"\n{name}: {note}took {suites[name]['seconds']:.1f} s")
         if is_first:
             SUITES[name].show(suites[name])

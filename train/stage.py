@@ -40,8 +40,8 @@ class ComputeConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and of the token and value embeddings."""
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention kernel: cudnn needs an NVIDIA GPU of Ampere's generation or newer."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel: cudnn needs an NVIDIA GPU of Ampere's generation or newer, splash a TPU."""
 
     deterministic: bool = False
     """Bitwise the same result each time on a GPU too, at the cost of speed; a CPU always is."""
@@ -57,9 +57,11 @@ class ComputeConfig:
         without_cudnn = dtype == "float32" or self.deterministic
         if self.attention == "cudnn" and without_cudnn:
             raise UserError(f"compute: attention=cudnn goes neither with dtype={dtype} nor with deterministic; use xla")
+        if self.attention == "splash" and jax.default_backend() != "tpu":
+            raise UserError("compute: attention=splash needs a TPU; leave it out for what suits the device")
         if self.attention != "auto":
             return Compute(dtype, self.attention)
-        return Compute(dtype, "xla" if without_cudnn else chosen.attention)
+        return Compute(dtype, "xla" if without_cudnn and chosen.attention == "cudnn" else chosen.attention)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
     like = abstract_state(stage.cfg, stage.compute, stage.tx, mesh)
     recipe = to_json(stage.recipe)
     with (
+        sharding.on(mesh),
         locked(run.out),
         explained(SPREAD),
         StopSignal().listening() as stop,  # the outer one: a signal must not cut the last save short
