@@ -84,8 +84,8 @@ def _dense(
         features,
         use_bias=cfg.bias,
         dtype=dtype,
-        kernel_init=nn.with_partitioning(nn.initializers.normal(std), axes),
-        bias_init=nn.with_partitioning(nn.initializers.zeros, axes[1:]),
+        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(std), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
         name=name,
     )
 
@@ -96,8 +96,8 @@ def _layer_norm(name: str, cfg: GPT2Config, dtype: str) -> nn.LayerNorm:
         use_bias=cfg.bias,
         dtype=dtype,
         use_fast_variance=False,  # E[x²] − E[x]² cancels
-        scale_init=nn.with_partitioning(nn.initializers.ones, (None,)),
-        bias_init=nn.with_partitioning(nn.initializers.zeros, (None,)),
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, (None,)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
         name=name,
     )
 

@@ -45,7 +45,7 @@ def param(
     dtype: str | jnp.dtype = "float32",
 ) -> jax.Array:
     """Declare a parameter once: initialiser, shape, logical axis names (for sharding) and dtype."""
-    return cast(jax.Array, module.param(name, nn.with_partitioning(init, axes), shape, jnp.dtype(dtype)))
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype)))
 
 
 @jax.custom_vjp
