@@ -129,7 +129,8 @@ def fit(
         nonlocal bad_steps
         loss, applied = float(metrics.loss), bool(metrics.applied)
         means = {name: float(value) for name, value in metrics.means.items()}
-        values = {"loss": loss, **means, "grad_norm": float(metrics.grad_norm)}
+        norms = {"grad_norm": float(metrics.grad_norm), "update_norm": float(metrics.update_norm)}
+        values = {"loss": loss, **means, **norms}
         if not applied:
             values["skipped"] = 1.0
         shown = ", ".join(f"{name} {value:.4f}" for name, value in {"loss": loss, **means}.items())

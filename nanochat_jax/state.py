@@ -27,6 +27,7 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     loss: jax.Array  # mean over the step's counted targets
     grad_norm: jax.Array
+    update_norm: jax.Array  # of what is added to the parameters
     applied: jax.Array  # bool; False where the loss or a gradient was not finite and nothing was updated
     means: Mapping[str, Any] = MappingProxyType({})  # of whatever else the loss function sums
 
@@ -81,14 +82,14 @@ def make_train_step(
         loss, grad_norm = loss_sum / count, optax.tree.norm(in_float32(grads)) / count
         applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def update() -> tuple[Params, Any]:
+        def update() -> tuple[Params, Any, jax.Array]:
             mean_grads = jax.tree.map(lambda g: g / count, in_float32(grads))
             updates, opt_state = tx.update(mean_grads, state.opt_state, state.params)
-            return optax.apply_updates(state.params, updates), opt_state
+            return optax.apply_updates(state.params, updates), opt_state, optax.tree.norm(in_float32(updates))
 
         # A branch, not a select: that would read and write everything once more.
-        kept = jax.lax.cond(applied, update, lambda: (state.params, state.opt_state))
-        return TrainState(state.step + 1, *kept), StepMetrics(loss, grad_norm, applied, means)
+        *kept, update_norm = jax.lax.cond(applied, update, lambda: (state.params, state.opt_state, jnp.float32(0)))
+        return TrainState(state.step + 1, *kept), StepMetrics(loss, grad_norm, update_norm, applied, means)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(step, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))

@@ -21,7 +21,7 @@ def counting_step(state, batch):
     """Adds the batch to w; a negative batch is a step that is not finite."""
     applied = batch >= 0
     new = TrainState(state.step + 1, {"w": state.params["w"] + batch}, ())
-    return new, StepMetrics(jnp.float32(batch), jnp.float32(1), jnp.bool_(applied))
+    return new, StepMetrics(jnp.float32(batch), jnp.float32(1), jnp.float32(2), jnp.bool_(applied))
 
 
 def run(tmp_path, batches, *, steps, hooks=(), start=0, save=lambda step, state: None, **options):
