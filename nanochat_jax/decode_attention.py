@@ -47,7 +47,7 @@ def decode_attention(
     stretches = -(-S // STRETCH)
     per_stretch = jax.ShapeDtypeStruct((B, K, stretches, G), jnp.float32)
     mixed_BKNGH, most_BKNG, total_BKNG = pl.pallas_call(
-        partial(_stretch, slots=S, window=window),
+        partial(_attention_stretch, slots=S, window=window),
         grid=(B, K, stretches),
         in_specs=[
             pl.BlockSpec((1,), lambda b, k, n: (b,)),
@@ -70,7 +70,7 @@ def decode_attention(
     return (mixed_BKGH / jnp.maximum(total_BKG, 1e-30)[..., None]).astype(v_BKSH.dtype)
 
 
-def _stretch(
+def _attention_stretch(
     length_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, mixed_ref: Any, most_ref: Any, total_ref: Any,
     *, slots: int, window: int,
 ) -> None:  # fmt: skip

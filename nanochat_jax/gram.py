@@ -48,7 +48,7 @@ def blockwise(
     S, M = x_SIO.shape[0], x_SIO.shape[2 if of_columns else 1]
     blocks = M // BLOCK_M
     return pl.pallas_call(
-        partial(_block, polynomial=polynomial, of_columns=of_columns),
+        partial(_gram_block, polynomial=polynomial, of_columns=of_columns),
         grid=(blocks * (blocks + 1) // 2, S),
         in_specs=[pl.BlockSpec((1, *x_SIO.shape[1:]), lambda t, s: (s, 0, 0))],
         out_specs=pl.BlockSpec((1, M, M), lambda t, s: (s, 0, 0)),
@@ -58,7 +58,7 @@ def blockwise(
     )(x_SIO)
 
 
-def _block(x_ref: Any, out_ref: Any, *, polynomial: Coefficients | None, of_columns: bool) -> None:
+def _gram_block(x_ref: Any, out_ref: Any, *, polynomial: Coefficients | None, of_columns: bool) -> None:
     """One block on or above the diagonal: number t of them, column by column."""
     t = pl.program_id(0)
     column = ((jnp.sqrt(8 * t.astype(jnp.float32) + 1) - 1) / 2).astype(jnp.int32)  # the root may round either way

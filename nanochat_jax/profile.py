@@ -10,7 +10,7 @@ import jax
 GROUPS = (  # the first that matches a kernel's name
     ("communication", r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|permute"),
     ("attention", r"fmha|flash|attention|sdpa|cudnn.*(bprop|fprop)|splash"),
-    ("matrix", r"gemm|cutlass|cublas|xmma|nvjet|matmul|dot|convolution|wgmma"),
+    ("matrix", r"gemm|cutlass|cublas|xmma|nvjet|matmul|dot|convolution|wgmma|gram_block"),
     ("copy", r"memcpy|memset|copy|transpose"),
 )
 

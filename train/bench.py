@@ -167,7 +167,7 @@ def bench_train(config: Train) -> dict[str, Any]:
             "step": config.accumulate * micro_flops / times["step"] / peak,
         },
         "peak_flops": [peak, source],
-        "floor_milliseconds": floor(compiled, compute),
+        "floor_milliseconds": floor(compiled, compute, config.accumulate * micro_flops),
         "peak_memory_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
         "compile_seconds": compile_seconds,
         "parameters": cfg.param_counts()["total"],
@@ -199,16 +199,17 @@ def device_rates(dtype: str) -> tuple[float, float]:
     return 2 * size**3 / product_seconds, 2 * big.nbytes / seconds_per_call(lambda: copy(big), few)
 
 
-def floor(compiled: jax.stages.Compiled, compute: Compute) -> dict[str, float]:
-    """Milliseconds that the program's FLOPs and bytes would take alone, at rates measured on this device.
+def floor(compiled: jax.stages.Compiled, compute: Compute, flops: float) -> dict[str, float]:
+    """Milliseconds that a step's FLOPs and bytes would take alone, at rates measured on this device.
 
-    Bytes are XLA's own count over its kernels, so what it fused well is not in them.
+    The FLOPs are the model's by formula, since XLA does not count those of libraries; bytes are XLA's own count over its
+    kernels, so that what it fused well is not in them.
     """
-    cost = compiled.cost_analysis() or {}
+    bytes_accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0)
     matrix_rate, copy_rate = device_rates(compute.dtype)
     return {
-        "matrix_products": 1e3 * cost.get("flops", 0) / matrix_rate,
-        "memory": 1e3 * cost.get("bytes accessed", 0) / copy_rate,
+        "matrix_products": 1e3 * flops / matrix_rate,
+        "memory": 1e3 * bytes_accessed / copy_rate,
         "matrix_tflops_per_second": matrix_rate / 1e12,
         "copy_gb_per_second": copy_rate / 1e9,
     }
