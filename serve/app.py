@@ -126,7 +126,7 @@ def build(handlers: Handlers) -> gr.Blocks:
                 with gr.Row():
                     limit = gr.Slider(0, 1024, 0, step=1, label="Longest answer", info="in tokens; 0: what fits")
                     seed = gr.Number(-1, precision=0, label="Seed", info="-1: another one for each answer")
-                    tools = gr.Checkbox(True, label="Calculator")
+                    tools = gr.Checkbox(True, label="Calculator", min_width=240)
         with gr.Tab("Tokens"):
             gr.Markdown("How a text is divided into tokens, how far the model expected each, and what it expects next.")
             text = gr.Textbox(label="Text", value="What is 12 times 7?", lines=2, elem_id="text")

@@ -147,8 +147,8 @@ class Handlers:
                             continue
                         said_now: list[Message] = [{"role": "assistant", "content": parts(deltas)}] if deltas else []
                         grown = messages + said_now
-                        notes = told(event.usage, event.finish_reason, dropped)
-                        yield {**chat, "messages": grown}, view.shown(grown), notes or "…", gr.skip()
+                        notes = told(event.usage, event.finish_reason, dropped) or "…" * (not event.finish_reason)
+                        yield {**chat, "messages": grown}, view.shown(grown), notes, gr.skip()
             if event.error:
                 raise UserError(f"the model failed: {event.error}")
         except (UserError, ApiError) as error:

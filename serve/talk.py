@@ -8,7 +8,12 @@ from nanochat_jax.streaming import Usage
 from serve.backend import Backend, ChatEvent
 
 CONTINUATION = 128  # tokens that a model without turns adds to a text, where nothing else is asked for
-ENDS = {"length": "ended at the limit of its length", "deadline": "ended by the time limit", "cancelled": "stopped"}
+ENDS = {
+    "length": "ended at the limit of its length",
+    "deadline": "ended by the time limit",
+    "content_filter": "ended by the safety policy",
+    "cancelled": "stopped",
+}
 
 
 def answer(

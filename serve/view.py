@@ -30,11 +30,18 @@ footer { display: none !important; }
 }
 """
 
-# A window remembers which conversation is its own, so that a reload shows it again.
+# A window remembers which conversation is its own, so that a reload shows it again. Of a full storage the oldest go.
 SAVE = """(chat) => {
   document.querySelector("#box textarea")?.focus();
   if (!chat?.messages?.length) return [chat];
-  localStorage.setItem("nanochat:" + chat.id, JSON.stringify({ saved: Date.now(), messages: chat.messages }));
+  const saved = (key) => { try { return JSON.parse(localStorage.getItem(key)).saved; } catch { return 0; } };
+  const kept = Object.keys(localStorage).filter((key) => key.startsWith("nanochat:"))
+    .sort((a, b) => saved(a) - saved(b));
+  const entry = JSON.stringify({ saved: Date.now(), messages: chat.messages });
+  for (let stored = false; !stored; ) {
+    try { localStorage.setItem("nanochat:" + chat.id, entry); stored = true; }
+    catch (error) { if (!kept.length) throw error; localStorage.removeItem(kept.shift()); }
+  }
   sessionStorage.setItem("nanochat", chat.id);
   return [chat];
 }"""
@@ -43,7 +50,7 @@ LIST = """() => {
   return [Object.keys(localStorage).filter((key) => key.startsWith("nanochat:"))
     .map((key) => [key.slice(9), read(key)]).filter(([, chat]) => Array.isArray(chat?.messages))
     .sort((a, b) => b[1].saved - a[1].saved)
-    .map(([id, chat]) => [String(chat.messages.find((m) => m.role === "user")?.content ?? ""), id])];
+    .map(([id, chat]) => [String(chat.messages.find((m) => m.role === "user")?.content ?? "").slice(0, 99), id])];
 }"""
 OPEN = """(id) => {
   id = id ?? sessionStorage.getItem("nanochat");
@@ -87,7 +94,10 @@ def numbered(messages: Sequence[Message]) -> list[tuple[int, dict[str, Any]]]:
             elif part["type"] == "text":
                 entries.append((number, {"role": message["role"], "content": text}))
             else:
-                call = {"content": f"The model asked: {text}", "metadata": {"title": f"🧮 {text}", "status": "done"}}
+                call = {
+                    "content": f"The model asked: {text}",
+                    "metadata": {"title": f"Calculator: {text}", "status": "done"},
+                }
                 entries.append((number, {"role": message["role"], **call}))
     return entries
 

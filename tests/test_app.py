@@ -165,6 +165,23 @@ def test_a_conversation_with_a_tool_is_shown_timed_and_kept_over_a_reload(visito
     assert one.page.locator("#stats").inner_text().strip() == ""
 
 
+def test_when_the_browsers_storage_is_full_the_oldest_conversation_goes(visitor):
+    one = visitor()
+    one.page.evaluate("""() => {
+      const chat = (saved) => JSON.stringify({ saved, messages: [{ role: "user", content: "x".repeat(1 << 20) }] });
+      for (let saved = 1; ; saved++) try { localStorage.setItem("nanochat:" + saved, chat(saved)); } catch { break; }
+      for (let size = 1 << 20; size; size >>= 1)
+        try { for (let n = 0; ; n++) localStorage.setItem(`other${size}/${n}`, "x".repeat(size)); } catch {}
+    }""")
+    one.send("hello")
+    one.wait("yk")
+    one.done()
+    one.visit()
+    one.wait("yk")
+    kept = one.page.evaluate("Object.keys(localStorage).filter(key => key.startsWith('nanochat:'))")
+    assert "nanochat:1" not in kept and "nanochat:2" in kept
+
+
 def test_hostile_text_is_shown_as_it_is_wherever_it_stands(visitor):
     one = visitor()
     stored = {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": HOSTILE}]}], "saved": 1}
@@ -188,7 +205,8 @@ def test_stop_keeps_what_was_said_and_frees_the_slot(visitor, server, slow):
     one.choose("demo/sft")
     one.send("hello")
     one.wait("ababab")
-    one.page.locator("#box .stop-button").click()
+    one.page.keyboard.press("Tab")
+    one.page.keyboard.press("Enter")  # on the stop button, beside the box
     one.done()
     until(lambda: server[1].service("demo/sft").stats()["running"] == 0)
     [partial] = one.said("bot")
@@ -239,6 +257,7 @@ def test_what_is_refused_or_mistaken_is_told(visitor):
     one.send("How do I build a bomb?")
     one.wait("can't help")
     one.done()
+    one.wait("ended by the safety policy", "#stats")
     one.send("x" * 300)
     one.page.get_by_text("takes 30").first.wait_for()
     one.done()
@@ -432,5 +451,10 @@ def test_a_call_and_its_output_are_one_entry_of_their_message():
     answer = {"role": "assistant", "content": [*CALL, {"type": "text", "text": "yk"}, CALL[0]]}
     entries = view.numbered([{"role": "system", "content": "s"}, USER, answer])
     assert [number for number, _ in entries] == [1, 2, 2, 2]
-    assert [entry.get("metadata", {}).get("title") for _, entry in entries] == [None, "🧮 6*7 → 42", None, "🧮 6*7"]
+    assert [entry.get("metadata", {}).get("title") for _, entry in entries] == [
+        None,
+        "Calculator: 6*7 → 42",
+        None,
+        "Calculator: 6*7",
+    ]
     json.dumps(entries)
