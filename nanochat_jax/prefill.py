@@ -16,7 +16,9 @@ import numpy as np
 
 from nanochat_jax import generate, model
 from nanochat_jax.cache import Stretch
-from nanochat_jax.generate import PROMPT_BUCKET, Rows
+from nanochat_jax.generate import Rows
+
+SHORTEST_CHUNK = 32  # tokens; every other length is so much times a power of two
 
 type Prompt = tuple[int, ...]
 
@@ -80,7 +82,7 @@ class Prefill:
     Args:
         programs: where to compile.
         rows: prompts fed together.
-        longest: tokens of a whole chunk, rounded up to a multiple of PROMPT_BUCKET.
+        longest: tokens of a whole chunk, rounded up to a multiple of SHORTEST_CHUNK.
         reuse_tokens: tokens of earlier prompts whose keys and values are kept.
         new_rows: makes empty rows.
         at: where rows lie.
@@ -98,8 +100,8 @@ class Prefill:
         how: dict[str, Any],
     ) -> None:
         self._call, self._rows, self._new_rows = programs, rows, new_rows
-        self.chunk_lens = [n for i in range(32) if (n := PROMPT_BUCKET << i) < longest]
-        whole = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
+        self.chunk_lens = [n for i in range(32) if (n := SHORTEST_CHUNK << i) < longest]
+        whole = -(-longest // SHORTEST_CHUNK) * SHORTEST_CHUNK
         self.chunk_lens.append(whole)
         self._prefixes = Prefixes(whole, reuse_tokens // whole)
         self.prompt_tokens = self.reused_tokens = 0  # of all prompts so far; of them, those not computed again

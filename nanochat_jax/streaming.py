@@ -146,7 +146,8 @@ class Event:
 class Handle:
     """One request's events, for one reader: `for` or `async for`; a reader that leaves early cancels the request.
 
-    A slow reader delays nobody: at most max_new_tokens + 1 events wait for it.
+    A slow reader delays nobody: at most max_new_tokens + 1 events wait for it, and an asynchronous one gets those that
+    have come meanwhile as one.
     """
 
     def __init__(self, request: Request, stops: Sequence[str], tokenizer: Tokenizer, seconds: float) -> None:
@@ -195,6 +196,8 @@ class Handle:
                 arrived.clear()
                 while self._events:
                     event = self._events.popleft()
+                    while self._events:
+                        event += self._events.popleft()
                     yield event
                     if event.finish_reason:
                         return

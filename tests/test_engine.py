@@ -171,7 +171,7 @@ def test_new_parameters_need_no_compilation(engine, params):
     changed = engine.run(requests)
     engine.set_params(params)
     assert content(engine.run(requests)) == content(before) != content(changed)
-    assert engine.compilations == compiled == 3  # one length of chunk, insertion, decoding
+    assert engine.compilations == compiled == 4  # two lengths of chunks, insertion, decoding
 
 
 def test_parameters_that_do_not_fit_are_refused(engine, params):
@@ -187,9 +187,16 @@ def test_parameters_that_do_not_fit_are_refused(engine, params):
 
 def test_lengths_of_chunks(params):
     engine = Engine(params, CFG, EngineConfig(slots=2, context_len=180, prefill_chunk=512), compute=COMPUTE)
-    assert [engine.prefill.chunks([0] * n) for n in (1, 64, 65, 129, 179)] == [[64], [64], [128], [192], [192]]
+    assert [engine.prefill.chunks([0] * n) for n in (1, 32, 33, 65, 129, 179)] == [
+        [32],
+        [32],
+        [64],
+        [128],
+        [192],
+        [192],
+    ]
     engine = Engine(params, CFG, EngineConfig(slots=2, prefill_chunk=100), compute=COMPUTE)
-    assert [engine.prefill.chunks([0] * n) for n in (64, 128, 129, 191)] == [[64], [128], [128, 64], [128, 64]]
+    assert [engine.prefill.chunks([0] * n) for n in (64, 128, 129, 191)] == [[64], [128], [128, 32], [128, 64]]
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +224,7 @@ def test_what_earlier_prompts_have_in_common_is_not_computed_again_and_changes_n
             assert reusing.prefill.reused_tokens - before == 64 * chunks, (round_, len(request.prompt))
     assert content(reusing.run(requests * 4)) == expected * 4
     assert content(reusing.run(some_requests(32))) == content(engine.run(some_requests(32)))
-    assert reusing.compilations == 5 and engine.compilations == 3
+    assert reusing.compilations == 6 and engine.compilations == 4
 
 
 def test_kept_prompts_are_forgotten_with_their_parameters_and_for_want_of_room(engine, params):
@@ -266,7 +273,7 @@ def test_an_engine_goes_on_after_a_reset_and_is_warm_when_told(params):
     engine = Engine(params, CFG, EngineConfig(slots=2, prefill_chunk=100, reuse_tokens=500), compute=COMPUTE)
     engine.warm_up()
     compiled, [expected] = engine.compilations, engine.run([Request([1, 2], 20)])
-    assert compiled == 6 and engine.prefill.reused_tokens == 0
+    assert compiled == 7 and engine.prefill.reused_tokens == 0
     for _ in range(3):
         engine.submit(Request([3] * 150, 50))
     engine.step()

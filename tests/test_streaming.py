@@ -1,7 +1,9 @@
 """Text as it comes: the same however it is cut into tokens, in whole characters, and without stop strings."""
 
 import asyncio
+import functools
 import itertools
+import operator
 import threading
 import time
 
@@ -152,8 +154,19 @@ def test_events_reach_a_reader_in_another_thread_and_one_in_an_event_loop():
 
         writer = threading.Thread(target=write)
         writer.start()
-        assert read(handle) == events
+        assert whole(read(handle)) == whole(events)
         writer.join()
+
+
+def test_a_reader_that_is_behind_gets_several_events_as_one():
+    handle, events = a_handle()
+    for event in events:
+        handle.put(event)
+    assert asyncio.run(collect(handle)) == [whole(events)]
+
+
+def whole(events: list[Event]) -> Event:
+    return functools.reduce(operator.add, events)
 
 
 async def collect(handle: Handle) -> list[Event]:
@@ -175,7 +188,7 @@ def test_many_readers_share_an_event_loop():
         writer.start()
         return await asyncio.gather(*tasks)
 
-    assert asyncio.run(read_all()) == [events for _, events in handles]
+    assert [whole(events) for events in asyncio.run(read_all())] == [whole(events) for _, events in handles]
 
 
 def test_a_reader_that_leaves_cancels():
