@@ -202,8 +202,8 @@ def device_rates(dtype: str) -> tuple[float, float]:
 def floor(compiled: jax.stages.Compiled, compute: Compute, flops: float) -> dict[str, float]:
     """Milliseconds that a step's FLOPs and bytes would take alone, at rates measured on this device.
 
-    The FLOPs are the model's by formula, since XLA does not count those of libraries; bytes are XLA's own count over its
-    kernels, so that what it fused well is not in them.
+    The FLOPs are the model's by formula, since XLA does not count those of libraries; bytes are XLA's own count over
+    its kernels, so that what it fused well is not in them.
     """
     bytes_accessed = (compiled.cost_analysis() or {}).get("bytes accessed", 0)
     matrix_rate, copy_rate = device_rates(compute.dtype)
