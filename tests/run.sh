@@ -5,7 +5,7 @@
 #
 #   --no-demo   leave the rehearsal (train/demo.sh --quick) out
 #
-# Tests that need a GPU, a TPU or torch are left out; `-m gpu` and the like choose them. Those of the page need a
+# Tests that need a GPU, a TPU or torch, or many minutes, are left out; `-m slow` and the like choose them. Those of the page need a
 # Chromium, which root gets from apt; with CI=true they fail without one.
 set -uo pipefail
 
@@ -54,7 +54,7 @@ check shellcheck .venv/bin/shellcheck train/*.sh tests/*.sh .ci/run
 check ruff "$python" -m ruff check
 check format "$python" -m ruff format --check
 check mypy "$python" -m mypy
-check pytest "$python" -m pytest -n "$workers" -m "not gpu and not tpu and not torch" ${pytest_args[@]+"${pytest_args[@]}"}
+check pytest "$python" -m pytest -n "$workers" -m "not gpu and not tpu and not torch and not slow" ${pytest_args[@]+"${pytest_args[@]}"}
 if $demo; then check demo bash train/demo.sh --quick --out "$scratch"; fi
 
 printf '\n=== summary\n%s' "$summary"
