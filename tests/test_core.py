@@ -349,6 +349,11 @@ def test_main_measures_stores_and_prints(files, tiny_base, tmp_path, capsys):
         (tiny_base / "evaluation.json").unlink(missing_ok=True)
 
 
+def test_what_a_model_reads_at_most():
+    assert core.longest_prompt(ARCHITECTURES["gpt2"]) == 512
+    assert core.longest_prompt(ARCHITECTURES["nanochat"]) == 640
+
+
 def test_shapes_are_at_most_a_dozen():
     assert len(SHAPES) == len(set(SHAPES)) == 11
     assert score.ROUNDING % 64 == 0

@@ -199,7 +199,7 @@ def show_core(result: dict[str, Any]) -> None:
             f"{f'{low:.1%} – {high:.1%}':>17}{task['baseline']:10.1%}{task['centred']:9.4f}"
         )
         if task["shortened"]:
-            print(f"{'':{width}}  {task['shortened']:,} of them are longer than the model reads: only their end was")
+            print(f"{'':{width}}  {task['shortened']:,} are longer than the model reads: their end alone counts")
     mean = f"mean of {len(result['tasks'])} of CORE's {CORE_TASKS} tasks, guessing at 0: {result['mean_centred']:.4f}"
     print(f"\n{mean if result['core'] is None else f'CORE {result["core"]:.4f}'}")
     rate = f"{result['examples_per_second']:,.1f} examples/s, compilation included"
