@@ -196,7 +196,7 @@ class Handle:
                 arrived.clear()
                 while self._events:
                     event = self._events.popleft()
-                    while self._events:
+                    while self._events and not self._events[0].error:  # what was said before it is read before it
                         event += self._events.popleft()
                     yield event
                     if event.finish_reason:
