@@ -1,7 +1,7 @@
 """A token a character: nanoGPT's quick start, on any text."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import CONTROL_TOKENS, Tokenizer, check_encodable
@@ -46,6 +46,10 @@ class CharTokenizer(Tokenizer):
                 f"not in the text that this tokenizer's {len(self._characters)} characters were taken from; remove "
                 "it, or make a tokenizer from text that has it"
             ) from error
+
+    def segments(self, text: str) -> Iterator[str]:
+        size = 1 << 16  # every cut is one between tokens
+        return (text[begin : begin + size] for begin in range(0, max(1, len(text)), size))
 
     def to_bytes(self) -> bytes:
         return json.dumps({"kind": self.kind, "characters": self._characters}).encode()

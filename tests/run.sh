@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Checks everything from a clean clone on: set-up, linters, types, tests, and a rehearsal of the whole demo.
+# Checks everything from a clean clone on: set-up, linters, types, tests, and rehearsals of the demo and the speedrun.
 #
 #   bash tests/run.sh [--no-demo] [pytest arguments …]
 #
-#   --no-demo   leave the rehearsal (train/demo.sh --quick) out
+#   --no-demo   leave the rehearsals (train/demo.sh --quick, tests/rehearsal.py) out
 #
 # Tests that need a GPU, a TPU or torch, or many minutes, are left out; `-m slow` and the like choose them. Those of the page need a
 # Chromium, which root gets from apt; with CI=true they fail without one.
@@ -56,6 +56,7 @@ check format "$python" -m ruff format --check
 check mypy "$python" -m mypy
 check pytest "$python" -m pytest -n "$workers" -m "not gpu and not tpu and not torch and not slow" ${pytest_args[@]+"${pytest_args[@]}"}
 if $demo; then check demo bash train/demo.sh --quick --out "$scratch"; fi
+if $demo; then check speedrun "$python" -m tests.rehearsal "$scratch/speedrun"; fi
 
 printf '\n=== summary\n%s' "$summary"
 if ((failures > 0)); then

@@ -299,3 +299,62 @@ def test_too_little_text(corpus, tmp_path):
 def test_senseless_numbers(corpus, tmp_path, change):
     with pytest.raises(UserError, match="must be positive"):
         prepare(make_config(corpus, tmp_path / "data", **change))
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from nanochat_jax.data.prepare import prepare
+from tests.test_prepare import make_config
+corpus, folder = Path(sys.argv[1]), Path(sys.argv[2])
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+prepare(make_config(corpus, folder / "small", source=f"jsonl:{folder}/small.jsonl#text", tokenizer=folder / "t.model"))
+before = peak()
+config = make_config(corpus, folder / "large", source=f"jsonl:{folder}/large.jsonl#text", tokenizer=folder / "t.model",
+                     unit_bytes=1 << 30)
+print(prepare(config).train.documents, peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_whatever_the_size_of_corpus_and_unit(corpus, tmp_path):
+    """160 MB in one unit, a document of 8 MB among them, within ten times that document and 16 MB that wait."""
+    from nanochat_jax.char import CharTokenizer
+
+    text = "All work and no play makes Jack a dull boy.\n" * 100
+    CharTokenizer.train([text]).save(tmp_path / "t.model")
+    line = json.dumps({"text": text}) + "\n"
+    (tmp_path / "small.jsonl").write_text(line * 200)
+    with (tmp_path / "large.jsonl").open("w") as file:
+        file.write(line * 17_500 + json.dumps({"text": text * 1800}) + "\n" + line * 17_500)
+    assert (tmp_path / "large.jsonl").stat().st_size > 160e6
+    command = [sys.executable, "-c", MEASURED, str(corpus), str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    documents, grown = map(int, ran.stdout.split())
+    assert documents > 0 and grown < 10 * 8e6 + 16e6, f"{grown:,} bytes"
+
+
+def test_a_document_of_many_megabytes_among_short_ones(corpus, tmp_path):
+    long = ("The state of the Union, " + "x" * 40 + " ") * 60_000
+    lines = [json.dumps({"text": text}) for text in ["short"] * 150 + [long]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    config = make_config(corpus, tmp_path / "data", source=f"jsonl:{tmp_path}/a.jsonl#text", val_fraction=0.3)
+    manifest = prepare(config)
+    assert manifest.train.bytes + manifest.val.bytes == 150 * 5 + len(long)
+    assert manifest.train.dropped_tokens <= 64
+
+
+def test_a_file_that_may_not_grow_is_told_and_nothing_left(corpus, tmp_path):
+    """A real failure of writing, in ArrayRecord's own code: files of this process may have 64 KiB at most."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from nanochat_jax.data.prepare import prepare\n"
+        "from tests.test_prepare import make_config\n"
+        "config = make_config(Path(sys.argv[1]), Path(sys.argv[2]), unit_bytes=1 << 20)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+        "prepare(config)"
+    )
+    command = [sys.executable, "-c", code, str(corpus), str(tmp_path / "data")]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode and "UserError: cannot write" in ran.stderr
+    assert not list((tmp_path / "data").glob("records-*")) and not list((tmp_path / "data").glob(".*.tmp"))

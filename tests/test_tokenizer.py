@@ -7,6 +7,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -173,3 +174,61 @@ def test_stage_refuses_senseless_numbers(tmp_path):
         stage.main(stage.Config(out=tmp_path / "t", val_fraction=1))
     with pytest.raises(UserError, match="max-bytes=0"):
         stage.main(stage.Config(out=Path("t"), max_bytes=0))
+
+
+WORLD = {
+    "japanese": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
+    "arabic": "بسم الله الرحمن الرحيم، كَيْفَ حالُكَ اليومَ؟ أنا بخيرٍ، شكرًا لك.\n",
+    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇯🇵 ☕️ e\u0301 \u200d\ufeff",
+    "python": 'def f(x):\n\tif x > 0:\n\t\treturn {"a": [1, 2.5e-3]}  # …\r\n\n\n    pass',
+    "mixed": "価格は1,234円 (約$12.50) です — قال: «OK!» 🎉\x00\x7f",
+}
+
+
+@pytest.fixture(scope="module")
+def of_english() -> tokenizers.Tokenizer:
+    """A tokenizer that has seen nothing but English."""
+    return tokenizers.train(["The quick brown fox jumps over the lazy dog. " * 20, "Pack my box. " * 50], 320)
+
+
+@pytest.mark.parametrize("name", WORLD)
+def test_every_script_comes_back_byte_for_byte_and_is_counted_right(of_english, name):
+    of_world = tokenizers.train([text * 20 for text in WORLD.values()], 600)
+    for tokenizer in (of_english, of_world):
+        text = WORLD[name] * 3
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode_bytes(ids) == text.encode()
+        assert int(tokenizer.byte_lengths[ids].sum()) == len(text.encode()), "what bits per byte divides by"
+        assert not set(ids) & set(tokenizer.control.values())
+    assert len(of_world.encode(WORLD[name])) < 0.6 * len(of_english.encode(WORLD[name]))
+
+
+def test_long_texts_are_encoded_in_segments_with_the_same_ids(of_english):
+    text = "".join(WORLD.values()) + "The quick brown fox jumps over the lazy dog.\n\nPack my box. " * 400
+    assert len(list(of_english.segments(text))) > 3 and "".join(of_english.segments(text)) == text
+    assert of_english.encode(text) == of_english._processor.encode(text)
+    ids = of_english.encode_array(text, np.dtype(np.uint16))
+    assert ids.dtype == np.uint16 and ids.tolist() == of_english.encode(text)
+    without_spaces = "あ" * 2_500_000
+    assert of_english.decode(of_english.encode_array(without_spaces, np.dtype(np.int32))) == without_spaces
+
+
+def test_weights_are_shares_of_the_training_text(tmp_path):
+    for name, letter in (("a", "ab "), ("b", "xy ")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{letter * 40}"}}\n' * 4000)
+    spec = f"jsonl:{tmp_path}/a.jsonl#text*3,jsonl:{tmp_path}/b.jsonl#text*1"
+    config = stage.Config(source=spec, vocab_size=276, out=tmp_path / "t.model", max_bytes=40_000, val_fraction=0.01)
+    seen: list[str] = []
+    train = tokenizers.train
+
+    def spy(documents, *args, **kwargs):
+        seen.extend(documents)
+        return train(seen, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "train", spy)
+        stage.main(config)
+    share = sum(len(text) for text in seen if text.startswith("a")) / sum(map(len, seen))
+    assert share == pytest.approx(0.75, abs=0.02)
+    with pytest.raises(UserError, match="positive weight"):
+        stage.main(stage.Config(source="sotu*0", out=tmp_path / "u.model"))

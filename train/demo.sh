@@ -63,33 +63,8 @@ run=${out:-runs}/$name
 cd "$root"
 python=.venv/bin/python
 
-clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
-
-# Says why the script ends early, and that nothing is lost.
-stop() {
-  printf '\n%s\nWhat is done is kept. To go on from here:\n  %s\n' "$1" "$again" >&2
-  exit "$2"
-}
-
-number=0
-# Runs a command as the next stage: its name, budget in seconds, what it does, the command.
-stage() {
-  local title=$1 budget=$2 does=$3 start=$SECONDS left status=0
-  shift 3
-  number=$((number + 1))
-  left="$(clock $((total - SECONDS))) of $(clock "$total") left"
-  if ((SECONDS > total)); then left="$(clock $((SECONDS - total))) over the $(clock "$total") in all"; fi
-  printf '\n[%d/%d] %s: %s (budget %s; %s)\n' "$number" "$stages" "$title" "$does" "$(clock "$budget")" "$left"
-  "$@" || status=$?
-  if ((status != 0)); then
-    stop "Stage $number of $stages, $title, failed with exit status $status: its message is above." "$status"
-  fi
-  printf '[%d/%d] %s took %s\n' "$number" "$stages" "$title" "$(clock $((SECONDS - start)))"
-}
-
-# bash runs these once the stage at work has saved and ended; without them it would go on to the next stage.
-trap 'stop "Interrupted." 130' INT
-trap 'stop "Terminated." 143' TERM
+# shellcheck source=train/stages.sh
+source train/stages.sh
 
 stage setup "$setup" "Python and the pinned requirements, in .venv" bash train/setup.sh
 stage tokenizer "$tokenizer" "learn $vocab_size tokens from presidential addresses" \

@@ -24,7 +24,7 @@ from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.char import CharTokenizer
 from nanochat_jax.config import to_json, write_json
 from nanochat_jax.data.prepare import has_few_documents, split_document
-from nanochat_jax.data.sources import Source, open_source
+from nanochat_jax.data.sources import Source, open_sources
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
 from train import cli
@@ -36,7 +36,8 @@ MIN_KEEP = 1 / 8  # a sample is spread over at most this many times its size, so
 @dataclass(frozen=True)
 class Config:
     source: str = "sotu"
-    """Corpus: sotu, chitchat, text:GLOB, jsonl:GLOB#field, parquet:GLOB#column or tfds:NAME#feature."""
+    """Corpus as in train.prepare: sotu, chitchat, text:GLOB, jsonl:GLOB#field, hub:OWNER/NAME#column, …; several with
+    weights, such as hub:…*3,text:…*1, give that share of max-bytes each."""
     vocab_size: int = 4096
     """Tokens in all, 11 control tokens, 256 bytes and the unknown token included."""
     out: Path = Path("runs/demo/tokenizer/tokenizer.model")
@@ -59,8 +60,8 @@ def main(config: Config) -> tokenizers.Tokenizer:
         raise UserError(
             f"max-bytes={config.max_bytes} must be positive, val-fraction={config.val_fraction} between 0 and 1"
         )
-    source = open_source(config.source)
-    recipe = to_json(config) | {"corpus": source.fingerprint}
+    sources = open_sources(config.source)
+    recipe = to_json(config) | {"corpus": ",".join(source.fingerprint for source, _ in sources)}
     del recipe["out"]
     config_path, report_path = config.out.with_suffix(".config.json"), config.out.with_suffix(".report.json")
     if config.out.exists():
@@ -71,10 +72,15 @@ def main(config: Config) -> tokenizers.Tokenizer:
 
     started = time.perf_counter()
     held_out: list[str] = []
-    sample = _sample(source, config, held_out)
+    budgets = [round(config.max_bytes * weight / sum(w for _, w in sources)) for _, weight in sources]
+    sample = chain.from_iterable(
+        _sample(source, budget, config, held_out) for (source, _), budget in zip(sources, budgets, strict=True)
+    )
     if config.kind == "char":
         deque(sample, maxlen=0)  # for what it holds out; an alphabet must be whole, so all documents give theirs
-        everything = chain.from_iterable(map(source.documents, range(len(source.units))))
+        everything = (
+            text for source, _ in sources for unit in range(len(source.units)) for text in source.documents(unit)
+        )
         tokenizer: tokenizers.Tokenizer = CharTokenizer.train(everything)
     else:
         tokenizer = tokenizers.train(sample, config.vocab_size, character_coverage=config.character_coverage)
@@ -91,14 +97,14 @@ def main(config: Config) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _sample(source: Source, config: Config, held_out: list[str]) -> Iterator[str]:
-    """Documents to train on; those passed on the way that are held out go to `held_out`."""
+def _sample(source: Source, max_bytes: int, config: Config, held_out: list[str]) -> Iterator[str]:
+    """Documents of one source to train on; those passed on the way that are held out go to `held_out`."""
     few = has_few_documents(source)
     units = list(range(len(source.units)))
     rng = random.Random(config.seed)
     rng.shuffle(units)
-    keep = max(MIN_KEEP, config.max_bytes / sum(map(source.size_bytes, units)))
-    room, held_out_room = config.max_bytes, MAX_REPORT_BYTES
+    keep = max(MIN_KEEP, max_bytes / sum(map(source.size_bytes, units)))
+    room, held_out_room = max_bytes, MAX_REPORT_BYTES
     for text in (text for unit in units for text in source.documents(unit)):
         part, held = split_document(text, few_documents=few, val_fraction=config.val_fraction)
         if held and held_out_room > 0:
