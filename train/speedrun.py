@@ -172,7 +172,7 @@ def stages(config: Config, *, fp8: bool) -> Iterator[Planned]:
     yield Planned(
         "sft", "learn to answer, from conversations",
         ("train.sft", "--checkpoint", f"{folder}/base", "--run.out", f"{folder}/sft", "--mix", mix,
-         *(("--steps", "20", *every) if small else ())),
+         *(("--steps", "60", *every) if small else ())),
         tokens=conversations * CONVERSATION_TOKENS, flops=conversations * CONVERSATION_TOKENS * flops,
     )  # fmt: skip
 
