@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +40,10 @@ class Config:
     """How often the three take their turn."""
 
 
-def tokens_per_second(command: list[str]) -> float:
+def tokens_per_second(command: list[str], cache: str) -> float:
     """What a benchmark's JSON says of the whole step."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    # A cache of this run's own: what a killed compilation leaves behind would fail the next.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TORCHINDUCTOR_CACHE_DIR": cache}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)["tokens_per_second"]
     return found["step"] if isinstance(found, dict) else found
@@ -65,7 +67,11 @@ def main(config: Config) -> None:
         *flags(steps=config.calls, repeats=config.repeats),
     ]  # fmt: skip
     commands = {"jax": ours, "torch_eager": theirs, "torch_compiled": [*theirs, "--compile"]}
-    rounds = [{name: tokens_per_second(command) for name, command in commands.items()} for _ in range(config.rounds)]
+    with tempfile.TemporaryDirectory() as cache:
+        rounds = [
+            {name: tokens_per_second(command, cache) for name, command in commands.items()}
+            for _ in range(config.rounds)
+        ]
     median = {name: statistics.median(one[name] for one in rounds) for name in commands}
     ratios = {f"jax_over_{name}": round(median["jax"] / median[name], 3) for name in ("torch_eager", "torch_compiled")}
     print(json.dumps({"tokens_per_second": median, **ratios, "rounds": rounds}, indent=2))
