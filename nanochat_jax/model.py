@@ -65,8 +65,12 @@ class Attention(nn.Module):
             gate_BTK1 = 3 * jax.nn.sigmoid(layers.linear(h_BTD[..., :VE_GATE_CHANNELS], gate))[..., None]
             v_BTKH += gate_BTK1 * layers.embed(table, tokens_BT).astype(v_BTKH.dtype).reshape(v_BTKH.shape)
         q_BTNH, k_BTKH = (layers.rotate_and_norm(x, *rotation, QK_SCALE) for x in (q_BTNH, k_BTKH))
-        mixed_BTD = mix(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, q_dim)
-        return linear(mixed_BTD, param(self, "proj", nn.initializers.zeros, (q_dim, cfg.n_embd), ("heads", "embed")))
+        mixed_BTNH = mix(q_BTNH, k_BTKH, v_BTKH)
+        proj = param(self, "proj", nn.initializers.zeros, (q_dim, cfg.n_embd), ("heads", "embed"))
+        if self.compute.attention.startswith("splash"):  # a TPU would copy to bring the heads beside each other
+            proj_NHD = proj.astype(mixed_BTNH.dtype).reshape(cfg.n_head, cfg.head_dim, cfg.n_embd)
+            return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, proj_NHD)
+        return linear(mixed_BTNH.reshape(B, T, q_dim), proj)
 
 
 class MLP(nn.Module):

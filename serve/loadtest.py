@@ -123,8 +123,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 async def measure(config: Config) -> dict[str, Any]:
     """The numbers for each number of users, and the server's memory before and after."""
-    # Servers close what is idle, uvicorn after 5 s: what was idle between two rounds is not used again.
-    limits = httpx.Limits(max_connections=None, keepalive_expiry=1)
+    limits = httpx.Limits(max_connections=None)
     headers = {"Authorization": f"Bearer {config.api_key}"}
     async with httpx.AsyncClient(base_url=config.url, headers=headers, limits=limits, timeout=600) as client:
         try:

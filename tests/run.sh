@@ -5,8 +5,8 @@
 #
 #   --no-demo   leave the rehearsals (train/demo.sh --quick, tests/rehearsal.py) out
 #
-# Tests that need a GPU, a TPU or torch, or many minutes, are left out; `-m slow` and the like choose them. Those of the page need a
-# Chromium, which root gets from apt; with CI=true they fail without one.
+# Tests that need a GPU, a TPU or torch, or many minutes, are left out; `-m gpu`, `-m slow` and the like choose them.
+# Those of the page need a Chromium, which root gets from apt; with CI=true they fail without one.
 set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -21,6 +21,7 @@ for argument in "$@"; do
 done
 
 bash train/setup.sh --dev || exit
+bash train/setup.sh --preflight || echo "without libtpu: the tests that compile for TPUs are skipped" >&2
 python=.venv/bin/python
 
 if ! type -P chromium chromium-browser google-chrome >/dev/null; then

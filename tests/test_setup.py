@@ -48,7 +48,7 @@ class Machine:
         self.bin = folder / "bin"
         self.home = folder / "home"
         self.calls = folder / "calls"
-        for name in [*SCRIPTS, "requirements.txt", "requirements-dev.txt", "constraints.txt"]:
+        for name in [*SCRIPTS, "requirements.txt", "requirements-dev.txt", "requirements-tpu.txt", "constraints.txt"]:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         self.bin.mkdir()
@@ -101,7 +101,7 @@ def test_every_direct_pin_is_in_the_constraints() -> None:
     def pins(name: str) -> dict[str, str]:
         return {package.lower().replace("_", "-"): pin for package, pin in PIN.findall((ROOT / name).read_text())}
 
-    direct = pins("requirements.txt") | pins("requirements-dev.txt")
+    direct = pins("requirements.txt") | pins("requirements-dev.txt") | pins("requirements-tpu.txt")
     assert len(direct) >= 20
     assert direct.items() <= pins("constraints.txt").items()
 
@@ -211,6 +211,16 @@ def test_second_run_installs_nothing(machine: Machine) -> None:
     (machine.root / "requirements.txt").write_text("jax==0.0.1\n")
     machine.run("train/setup.sh")
     assert len(machine.called()) == 3
+
+
+def test_the_compiler_for_tpus_lies_beside_the_packages(machine: Machine) -> None:
+    write_script(machine.bin / "python3.12", fake_python("3.12.5"))
+    for _ in range(2):
+        assert machine.run("train/setup.sh", "--preflight").returncode == 0
+    _, libtpu = machine.called()
+    assert "-r requirements-tpu.txt" in libtpu and libtpu.endswith(f"--target {machine.root}/.venv/libtpu --upgrade")
+    machine.run("train/setup.sh", "--preflight", JAX_PLATFORM_EXTRA="tpu")
+    assert sum("requirements-tpu.txt" in call for call in machine.called()) == 1  # a TPU has its own
 
 
 @pytest.mark.parametrize(

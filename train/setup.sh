@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository root and installs the pinned requirements. Run again, it takes a moment.
 #
-#   bash train/setup.sh [--dev] [--dry-run]
+#   bash train/setup.sh [--dev] [--preflight] [--dry-run]
 #
-#   --dev       install what the tests need, too (requirements-dev.txt)
-#   --dry-run   only say which Python and which jax would be used
+#   --dev         install what the tests need, too (requirements-dev.txt)
+#   --preflight   install the compiler for TPUs, too (requirements-tpu.txt, 0.7 GB), for train.preflight
+#   --dry-run     only say which Python and which jax would be used
 #
 #   PYTHON=python3.13            make .venv with this interpreter
 #   JAX_PLATFORM_EXTRA=cuda12    install this jax (cpu, cuda12, cuda13 or tpu) instead of the one that fits the machine
@@ -146,10 +147,11 @@ install() {
 }
 
 main() {
-  local dev=false dry_run=false installed_extra="" extra version="" python="" python_version=""
+  local dev=false preflight=false dry_run=false installed_extra="" extra version="" python="" python_version=""
   while (($# > 0)); do
     case $1 in
       --dev) dev=true ;;
+      --preflight) preflight=true ;;
       --dry-run) dry_run=true ;;
       -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; return ;;
       *) fail "unknown argument $1; bash train/setup.sh --help lists them" ;;
@@ -169,6 +171,8 @@ main() {
     "jax, flax.linen, optax, orbax.checkpoint, grain, tensorflow_datasets, sentencepiece, pyarrow, matplotlib, tyro" \
     "jax[$extra]"
   if $dev; then install requirements-dev.txt "pytest, xdist, hypothesis"; fi
+  # Beside the other packages, not among them: jax would look for a TPU at every start. On a TPU it has its own.
+  if $preflight && [[ $extra != tpu ]]; then install requirements-tpu.txt sys --target "$venv/libtpu" --upgrade; fi
   say "ready: Python $version, jax for $extra, in $venv"
 }
 
