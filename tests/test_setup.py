@@ -48,7 +48,12 @@ class Machine:
         self.bin = folder / "bin"
         self.home = folder / "home"
         self.calls = folder / "calls"
-        for name in [*SCRIPTS, "requirements.txt", "requirements-dev.txt", "requirements-tpu.txt", "constraints.txt"]:
+        for name in [
+            *SCRIPTS,
+            "train/stages.sh",
+            *sorted(path.name for path in ROOT.glob("requirements*.txt")),
+            "constraints.txt",
+        ]:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         self.bin.mkdir()
