@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from nanochat_jax import hosts
 from nanochat_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -117,8 +118,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         metadata = {"manifest": manifest, "sha256": _sha256(manifest)}
         path = self.folder / str(step)
         with _failures_as(UserError, f"could not save checkpoint {path}; check free space and permissions"):
-            if jax.process_index() == 0:
-                self._tidy(step)
+            hosts.first(lambda: self._tidy(step))
             self._pending = step, ocp.save_checkpointables_async(path, {"state": arrays}, custom_metadata=metadata)
         self._damage.clear()
 
@@ -139,7 +139,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         with _failures_as(UserError, f"could not save checkpoint {path}; check free space and permissions"):
             response.result()
             self._current = step
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 self._prune()
 
     def peek(self, step: int | None = None) -> Checkpoint | None:
@@ -162,14 +162,21 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return loaded
 
     def _first_good[T](self, step: int | None, load: Callable[[int], T]) -> T | None:
-        candidates = self.steps()[::-1] if step is None else [step]
+        candidates = hosts.first(self.steps)[::-1] if step is None else [step]
         for candidate in candidates:
+            if candidate in self._damage:
+                continue
+            loaded: list[T] = []
+            damage = ""
             try:
-                if candidate not in self._damage:
-                    return load(candidate)
+                loaded.append(load(candidate))
             except _Damaged as error:
-                self._damage[candidate] = str(error)
-                log.warning("checkpoint %s cannot be used: %s", self.folder / str(candidate), error)
+                damage = str(error)
+            damage = next(filter(None, hosts.gather(damage)), "")  # what one process cannot read, none uses
+            if not damage:
+                return loaded[0]
+            self._damage[candidate] = damage
+            log.warning("checkpoint %s cannot be used: %s", self.folder / str(candidate), damage)
         if not candidates:
             return None
         found = "".join(f"\n  step {candidate}: {self._damage[candidate]}" for candidate in candidates)

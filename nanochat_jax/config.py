@@ -9,6 +9,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -280,6 +281,15 @@ def _from_json_value(hint: Any, value: Any, where: str) -> Any:
     if hint in (int, float, str, bool) and not isinstance(value, (int, float) if hint is float else hint):
         raise UserError(f"{where}: {value!r} should be of type {hint.__name__}")
     return Path(value) if hint is Path else value
+
+
+def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: the path to it, and what either has there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(one.keys() | other.keys()):
+            yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    elif one != other:
+        yield name, one, other
 
 
 def write_json(path: Path, value: Any) -> None:

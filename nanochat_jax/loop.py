@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from nanochat_jax.errors import Stopped, UserError
+from nanochat_jax.hosts import Watch, is_first
 from nanochat_jax.metrics import MetricsLog
 from nanochat_jax.state import Batch, StepMetrics, TrainState
 
@@ -47,6 +48,11 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._watch = Watch()
+
+    def agreed(self) -> int | None:
+        """The signal, once all processes know of it; all ask after each step, and stop at the same one."""
+        return self._watch.ask(self.received)
 
     def _receive(self, number: int, _frame: object) -> None:
         if self.received is not None:
@@ -123,7 +129,10 @@ def fit(
     """
     start, bad_steps, clock = int(state.step), 0, _Clock()
     seconds_between_updates = 0.5 if sys.stderr.isatty() else 30  # a log file wants few lines
-    bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=seconds_between_updates)
+    bar = tqdm(
+        total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=seconds_between_updates,
+        disable=not is_first(),
+    )  # fmt: skip
 
     def report(step: int, metrics: StepMetrics) -> None:
         nonlocal bad_steps
@@ -165,7 +174,7 @@ def fit(
             if unread is not None:
                 report(*unread)
             unread = (step, metrics)
-            stopped = stop.received if stop is not None else None
+            stopped = stop.agreed() if stop is not None else None
             due = [hook for hook in hooks if hook.due(step, steps)]
             if due or step == steps or stopped is not None:
                 report(*unread)

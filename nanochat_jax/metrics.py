@@ -100,6 +100,19 @@ class MetricsLog:
         self.close()
 
 
+class NoLog(MetricsLog):
+    """Writes nothing: of several processes, one logs for all."""
+
+    def __init__(self, folder: Path, *, step: int = 0, wandb: dict[str, Any] | None = None) -> None:
+        self.path = folder / "metrics.jsonl"
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl, in order; a last line cut short by a crash is left out."""
     path = folder / "metrics.jsonl"

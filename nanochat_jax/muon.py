@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nanochat_jax import sharding
 from nanochat_jax.gram import gram
 
 POLAR_EXPRESS = (
@@ -75,10 +76,17 @@ def _normalize(g_SIO: jax.Array, second_moment: jax.Array) -> tuple[jax.Array, j
     return scaled * (_frobenius(g_SIO) / jnp.maximum(_frobenius(scaled), 1e-10)), second_moment
 
 
+def _direction(g_SIO: jax.Array, second_moment: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _normalize(orthogonalize(g_SIO), second_moment)
+
+
 def muon(
     learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule, dtype: str
 ) -> optax.GradientTransformation:
-    """The update for matrices; schedules map the update count to a number, dtype is that of the iterations."""
+    """The update for matrices; schedules map the update count to a number, dtype is that of the iterations.
+
+    Given a layout (shardings of the gradients, in a tree like theirs), each matrix is orthogonalised on one device.
+    """
 
     def init(params: Any) -> MuonState:
         def second_moment(param: jax.Array) -> jax.Array:
@@ -88,19 +96,20 @@ def muon(
 
         return MuonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), jax.tree.map(second_moment, params))
 
-    def update(grads: Any, state: MuonState, params: Any) -> tuple[Any, MuonState]:
+    def update(grads: Any, state: MuonState, params: Any, *, layout: Any = None) -> tuple[Any, MuonState]:
         lr, mu, decay = (schedule(state.updates) for schedule in (learning_rate, momentum, weight_decay))
         buffers = jax.tree.map(lambda m, g: m + (1 - mu) * (g - m), state.momentum, grads)
         nesterov = jax.tree.map(lambda g, m: (g + mu * (m - g)).astype(dtype), grads, buffers)
 
         leaves, old_moments = jax.tree.leaves(nesterov), jax.tree.leaves(state.second_moment)
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, leaf in enumerate(leaves):
-            by_shape[leaf.shape].append(index)
+        places = [None] * len(leaves) if layout is None else jax.tree.leaves(layout)
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for index, (leaf, at) in enumerate(zip(leaves, places, strict=True)):
+            alike[leaf.shape, at].append(index)
         directions, moments = list(leaves), list(old_moments)
-        for indices in by_shape.values():
-            stack = orthogonalize(jnp.stack([leaves[i] for i in indices]))
-            stack, moment = _normalize(stack, jnp.stack([old_moments[i] for i in indices]))
+        for (_, at), indices in alike.items():
+            stack, moment = (jnp.stack([of[i] for i in indices]) for of in (leaves, old_moments))
+            stack, moment = sharding.on_whole_matrices(_direction, stack, moment, at)
             for position, i in enumerate(indices):
                 directions[i], moments[i] = stack[position], moment[position]
 
@@ -113,4 +122,4 @@ def muon(
         updates = jax.tree.map(delta, jax.tree.unflatten(treedef, directions), params)
         return updates, MuonState(state.updates + 1, buffers, jax.tree.unflatten(treedef, moments))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

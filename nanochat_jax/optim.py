@@ -109,7 +109,7 @@ def make_optimizer(
             compute_dtype,
         ),
     }
-    return optax.partition(groups, parameter_groups)
+    return optax.partition(groups, parameter_groups, mask_compatible_extra_args=True)
 
 
 def restart_schedules(opt_state: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Read a profiler's trace: which kernels the time went to."""
+"""What a program does: kernels by time from a profiler's trace, collectives from its text."""
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -46,3 +47,57 @@ def kernels_by_time(folder: Path, calls: int, most: int = 25) -> dict[str, Any]:
         "idle": round(max(0.0, last - first - busy) * per_call, 3),
         "kernels": {name[:100]: round(value * per_call, 3) for name, value in nanoseconds.most_common(most)},
     }
+
+
+class Collective(NamedTuple):
+    """An operation of a compiled program by which devices talk to each other."""
+
+    kind: str  # all-reduce, all-gather, reduce-scatter, all-to-all or collective-permute
+    bytes: int  # of its result on one device
+    calls: int  # each time that the program runs
+    name: str  # the operation of the traced program that it comes from
+
+    @property
+    def is_repeated(self) -> bool:
+        return self.calls > 1
+
+
+COLLECTIVE = re.compile(
+    r"^ +(?:ROOT )?%\S+ = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(.*",
+    re.MULTILINE,
+)
+COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{\n((?:  .*\n|\n)*)", re.MULTILINE)
+ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+def collectives(program: str) -> list[Collective]:
+    """What devices say to each other in a compiled program, given its text (jax.stages.Compiled.as_text)."""
+    bodies = dict(COMPUTATION.findall(program))
+    entry = re.search(r"^ENTRY %(\S+) ", program, re.MULTILINE)
+    assert entry is not None
+    calls: Counter[str] = Counter()
+
+    def visit(name: str, times: int) -> None:
+        calls[name] += times
+        for line in bodies[name].splitlines():
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            for callee in re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%([\w.\-]+)", line):
+                visit(callee, times * (int(trips[1]) if trips else 1))
+            for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                for callee in re.findall(r"%([\w.\-]+)", group):
+                    visit(callee, times)
+
+    visit(entry[1], 1)
+    found = []
+    for computation, times in calls.items():
+        for match in COLLECTIVE.finditer(bodies[computation]):
+            shapes = ARRAY.findall(match[1])
+            if match[3]:  # an asynchronous one: operands come before the results
+                shapes = shapes[len(shapes) // 2 :]
+            sizes = [
+                max(1, int(bits or 8) // 8) * math.prod(map(int, filter(None, dims.split(","))))
+                for _, bits, dims in shapes
+            ]
+            name = re.search(r'op_name="([^"]*)"', match[0])
+            found.append(Collective(match[2], sum(sizes), times, name[1] if name else ""))
+    return found

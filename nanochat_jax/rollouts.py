@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from nanochat_jax import hosts
 from nanochat_jax.chat import parse, render_prompt, visible_text
 from nanochat_jax.config import Architecture
 from nanochat_jax.engine import TILE, Engine, EngineConfig, Output, Request
@@ -102,15 +103,17 @@ def answer(
     }
     outputs = dict(zip(requests, _run(engine, list(requests.values()), progress or (lambda _: None)), strict=True))
 
-    def judged(place: tuple[int, int]) -> Answer:
-        question, output = questions[place[0]], outputs.get(place, Output(-1, finish_reason="length"))
-        text = visible_text(parse(output.tokens, tokenizer))
-        is_right = bool(output.tokens) and question.task.judge(question.example, text)
-        return Answer(prompts[place[0]], output, text, is_right)
+    said = [outputs.get(place, Output(-1, finish_reason="length")) for place in places]
+    texts = [visible_text(parse(output.tokens, tokenizer)) for output in said]
+
+    def judged(number: int) -> bool:
+        question = questions[places[number][0]]
+        return bool(said[number].tokens) and question.task.judge(question.example, texts[number])
 
     # Some judges run programs, and wait for them.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        answers = list(pool.map(judged, places))
+        rights = hosts.share(lambda numbers: list(pool.map(judged, numbers)), range(len(places)))
+    answers = [Answer(prompts[q], *given) for (q, _), *given in zip(places, said, texts, rights, strict=True)]
     return [answers[q * samples : (q + 1) * samples] for q in range(len(questions))]
 
 

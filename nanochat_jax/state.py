@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from nanochat_jax import sharding
+from nanochat_jax.gradients import make_gradients
 from nanochat_jax.model import Params
 
 Batch = dict[str, jax.Array]
@@ -46,49 +47,51 @@ def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
 
 
+def make_update(
+    tx: optax.GradientTransformation, like: TrainState
+) -> Callable[[Params, Params, Any], tuple[Params, Any, jax.Array]]:
+    """(gradients, parameters, optimizer's state) → new ones, laid as the moments, and the norm of the change.
+
+    New parameters are put together again by what leaves a program, whose out_shardings say so.
+    """
+    layout, tx = sharding.moment_shardings(like.params), optax.with_extra_args_support(tx)
+
+    def update(grads: Params, params: Params, opt_state: Any) -> tuple[Params, Any, jax.Array]:
+        params = jax.lax.with_sharding_constraint(params, layout)
+        updates, opt_state = tx.update(grads, opt_state, params, layout=layout)
+        norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), updates))
+        return optax.apply_updates(params, updates), opt_state, norm
+
+    return update
+
+
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, like: TrainState, seed: int
+    loss_fn: LossFn, tx: optax.GradientTransformation, like: TrainState, seed: int, gather_dtype: str = "float32"
 ) -> jax.stages.Wrapped:
     """The jitted train step: (state, batch of micro-batches (A, B, …)) → (state, StepMetrics).
 
     Gradients are summed over micro-batches and divided by the step's count once, so that accumulation
     equals one large batch also where targets are masked. A step that is not finite leaves parameters and optimizer
-    as they were.
+    as they were. gather_dtype: see make_gradients.
     """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    in_float32 = partial(jax.tree.map, lambda x: x.astype(jnp.float32))
-    mesh = jax.tree.leaves(like)[0].sharding.mesh
+    gradients, update = make_gradients(loss_fn, like.params, gather_dtype), make_update(tx, like)
+    layout, in_float32 = sharding.moment_shardings(like.params), partial(jax.tree.map, lambda x: x.astype(jnp.float32))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        accumulate = next(iter(batch.values())).shape[0]
-
-        def sums(index: jax.Array | int, micro: Batch) -> Any:
-            with sharding.on(mesh):
-                return grad_fn(state.params, micro, jax.random.fold_in(key, index))
-
-        def accumulate_one(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, sums(*item)), None
-
-        if accumulate == 1:
-            total = sums(0, jax.tree.map(lambda x: x[0], batch))
-        else:  # in float32: bfloat16 would lose the small terms of a long sum
-            one = jax.eval_shape(sums, 0, jax.tree.map(lambda x: x[0], batch))
-            start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), one)
-            total, _ = jax.lax.scan(accumulate_one, start, (jnp.arange(accumulate), batch))
-        (loss_sum, others), grads = total
+        (loss_sum, others), grads = gradients(state.params, batch, key)
         count = jnp.maximum(others.pop("count"), 1).astype(jnp.float32)
         means = {name: value / count for name, value in others.items()}
         loss, grad_norm = loss_sum / count, optax.tree.norm(in_float32(grads)) / count
         applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def update() -> tuple[Params, Any, jax.Array]:
-            mean_grads = jax.tree.map(lambda g: g / count, in_float32(grads))
-            updates, opt_state = tx.update(mean_grads, state.opt_state, state.params)
-            return optax.apply_updates(state.params, updates), opt_state, optax.tree.norm(in_float32(updates))
+        params = jax.lax.with_sharding_constraint(state.params, layout)
+
+        def updated() -> tuple[Params, Any, jax.Array]:
+            return update(jax.tree.map(lambda g: g / count, in_float32(grads)), params, state.opt_state)
 
         # A branch, not a select: that would read and write everything once more.
-        *kept, update_norm = jax.lax.cond(applied, update, lambda: (state.params, state.opt_state, jnp.float32(0)))
+        *kept, update_norm = jax.lax.cond(applied, updated, lambda: (params, state.opt_state, jnp.float32(0)))
         return TrainState(state.step + 1, *kept), StepMetrics(loss, grad_norm, update_norm, applied, means)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)

@@ -1,6 +1,8 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import sharding
@@ -26,7 +28,7 @@ def test_batches_are_cut_by_row_and_micro_batch():
     np.testing.assert_array_equal(whole, rows)
     assert whole.addressable_shards[0].data.shape == (2, 3)
     micro = sharding.put_batch(mesh, {"x": rows}, accumulate=2)["x"]
-    np.testing.assert_array_equal(micro, rows.reshape(2, 8, 3))
+    np.testing.assert_array_equal(micro, rows.reshape(8, 2, 3).swapaxes(0, 1))  # each device keeps its own rows
     assert micro.addressable_shards[0].data.shape == (2, 1, 3)
 
 
@@ -34,4 +36,50 @@ def test_axes_that_do_not_divide_stay_whole():
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=8))
     axes = {"a": P("embed", "mlp")}
     shapes = {"a": jax.ShapeDtypeStruct((12, 8), np.float32)}
-    assert sharding.param_shardings(mesh, axes, shapes)["a"].spec == P(None, "tensor")
+    assert sharding.param_shardings(mesh, axes, shapes)["a"].spec == P(None, None)  # and small ones stay whole
+    shapes = {"a": jax.ShapeDtypeStruct((12, 128), np.float32)}
+    assert sharding.param_shardings(mesh, axes, shapes)["a"].spec == P(None, "fsdp")
+
+
+def test_cuts_prefer_whole_tiles_and_the_first_axis():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
+
+    def cut(*shape, axis="fsdp", at=None):
+        at = at or P(*[None] * len(shape))
+        return sharding.cut(NamedSharding(mesh, at), shape, axis).spec
+
+    assert cut(256, 256) == P("fsdp", None)
+    assert cut(24, 512) == P(None, "fsdp")  # 6 rows are no tile, 128 lanes are
+    assert cut(24, 256) == P("fsdp", None)  # neither is one
+    assert cut(256, 256, axis="data", at=P("fsdp", None)) == P(("fsdp", "data"), None)
+    assert cut(4096) == P(None)  # vectors are small
+    tensor = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
+    along = sharding.cut(NamedSharding(tensor, P("tensor", None)), (256, 24), "fsdp")
+    assert along.spec == P("tensor", "fsdp")  # not along what tensor cuts, tiles or not
+
+
+@pytest.mark.parametrize(
+    "spec", [P("fsdp", "tensor"), P("tensor", ("fsdp", "data")), P(("fsdp", "data"), None), P(None, None)]
+)
+@pytest.mark.parametrize("count", [3, 12])
+def test_each_matrix_of_a_stack_is_whole_on_one_device(spec, count):
+    mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+    at = NamedSharding(mesh, spec)
+    rng = np.random.default_rng(0)
+    matrices = rng.normal(size=(count, 8, 16)).astype(np.float32)
+    factors = np.arange(1, count + 1, dtype=np.float32)[:, None, None]
+    seen = []
+
+    def function(stack_SIO, factors_S11):
+        seen.append((stack_SIO.shape, factors_S11.shape))
+        return jnp.cumsum(stack_SIO, axis=1) * factors_S11, factors_S11 + 1  # needs whole columns
+
+    def run(matrices, factors):
+        stack = jnp.stack([jax.lax.with_sharding_constraint(matrix, at) for matrix in matrices])
+        return sharding.on_whole_matrices(function, stack, factors, at)
+
+    found, others = jax.jit(run)(matrices, factors)
+    np.testing.assert_allclose(found, np.cumsum(matrices, axis=1) * factors, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(others, factors + 1)
+    per_device = -(-count // 8)
+    assert seen == [((per_device, 8, 16), (per_device, 1, 1))]

@@ -19,12 +19,12 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from nanochat_jax import generate, model, optim, sharding, state
 from nanochat_jax.config import Horizon, ModelConfig, OptimConfig, from_depth, to_json
 from nanochat_jax.data.batches import Batch
+from nanochat_jax.gradients import make_gradients
 from nanochat_jax.layers import Compute
 from nanochat_jax.metrics import peak_flops
 from nanochat_jax.profile import kernels_by_time
@@ -121,17 +121,19 @@ def bench_train(config: Train) -> dict[str, Any]:
     train_state = init(jax.random.key(0))
     loss_fn = language_model_loss(cfg, compute)
     batch = sharding.put_batch(mesh, random_batch(rows, cfg), config.accumulate)
-    micro = jax.tree.map(lambda x: x[0], batch)
+    micro = jax.tree.map(lambda x: x[:1], batch)
 
-    gradients = jax.jit(jax.grad(loss_fn, has_aux=True), out_shardings=(shardings.params, None))
-    grads, _ = gradients(train_state.params, micro, jax.random.key(0))
+    gradients = jax.jit(make_gradients(loss_fn, like.params, compute.dtype))
+    _, grads = gradients(train_state.params, micro, jax.random.key(0))
+
+    update = state.make_update(tx, like)
 
     def apply(now: state.TrainState, grads: model.Params) -> state.TrainState:
-        updates, opt_state = tx.update(grads, now.opt_state, now.params)
-        return state.TrainState(now.step + 1, optax.apply_updates(now.params, updates), opt_state)
+        params, opt_state, _ = update(grads, now.params, now.opt_state)
+        return state.TrainState(now.step + 1, params, opt_state)
 
     optimizer = jax.jit(apply, donate_argnums=0, out_shardings=shardings)
-    step = state.make_train_step(loss_fn, tx, like, seed=0)
+    step = state.make_train_step(loss_fn, tx, like, 0, compute.dtype)
     start = time.perf_counter()
     compiled = step.lower(train_state, batch).compile()
     compile_seconds = time.perf_counter() - start

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import tyro
@@ -26,13 +27,30 @@ def run[C](main: Callable[[C], Any], config_class: type[C]) -> None:
     _use_compilation_cache()
     _keep_freed_memory()
     try:
-        main(tyro.cli(config_class, description=inspect.getdoc(inspect.getmodule(main))))
+        config = tyro.cli(config_class, description=inspect.getdoc(inspect.getmodule(main)))
+        if "jax" in sys.modules:
+            hosts().join()
+        main(config)
     except UserError as error:
+        if "jax" in sys.modules:
+            hosts().fail(str(error))
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        print(f"{stopped}. Run the same command to go on.", file=sys.stderr)
+        if hosts().is_first():
+            print(f"{stopped}. Run the same command to go on.", file=sys.stderr)
         sys.exit(stopped.exit_code)
+    except Exception:
+        if "jax" in sys.modules:
+            hosts().crash()
+        raise
+
+
+def hosts() -> ModuleType:
+    """Of stages that compute: it imports jax, without which others start faster."""
+    from nanochat_jax import hosts
+
+    return hosts
 
 
 def _keep_freed_memory() -> None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import model, sharding
+from nanochat_jax import hosts, model, sharding
 from nanochat_jax.config import Architecture
 from nanochat_jax.data.batches import Batch, batches, validation_batches
 from nanochat_jax.data.preference import PairRows, render_pairs, split_pairs
@@ -29,12 +29,13 @@ from nanochat_jax.layers import Compute
 from nanochat_jax.load import load_model
 from nanochat_jax.loop import Hook
 from nanochat_jax.losses import dpo_loss
+from nanochat_jax.sharding import HostShare
 from nanochat_jax.state import Batch as DeviceBatch
 from nanochat_jax.state import LossFn, TrainState
 from train import cli
 from train.finetune import Schedule, fine_tune, open_base
 from train.microbatch import micro_rows
-from train.stage import RunConfig, Stage, at_least, run_stage
+from train.stage import RunConfig, Stage, at_least, run_stage, stage_mesh
 
 WARMUP_STEPS = 5
 
@@ -104,7 +105,7 @@ def main(config: Config) -> TrainState:
         f"not fitting {cfg.sequence_len:,} tokens\ntraining: {steps:,} steps of {config.batch_pairs:,} pairs, "
         f"{steps * config.batch_pairs / len(rows[0]):.2f} epochs"
     )
-    mesh = sharding.make_mesh(config.run.mesh)
+    mesh = stage_mesh(config.run, cfg, compute, tuned.tx, config.batch_pairs)
     pairs_at_a_time = micro_rows(config.batch_pairs, config.run.micro_batch, mesh, most=8)
     score = make_scorer(cfg, compute, mesh, pairs_at_a_time * sharding.batch_devices(mesh))
 
@@ -120,11 +121,10 @@ def main(config: Config) -> TrainState:
         scores = stored_scores(config.run.out / "reference.npz", made_of, compute_them)
         return [replace(part, reference_P2=found_P2) for part, found_P2 in zip(rows, scores, strict=True)]
 
-    def feed(step: int) -> Iterator[Batch]:
+    def feed(step: int, share: HostShare) -> Iterator[Batch]:
         return batches(
-            with_reference()[0], batch_size=config.batch_pairs, seed=config.seed, start_step=step,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
+            with_reference()[0], batch_size=config.batch_pairs, seed=config.seed, start_step=step, **share._asdict()
+        )
 
     numbers = ("batch_pairs", "beta", "label_smoothing", "length_normalize", "nll_weight", "seed")
     stage = Stage(
@@ -196,9 +196,8 @@ def make_scorer(cfg: Architecture, compute: Compute, mesh: jax.sharding.Mesh, ba
 
     def score(params: model.Params, rows: PairRows) -> np.ndarray:
         everything = validation_batches(
-            replace(rows, reference_P2=None), batch_size,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
+            replace(rows, reference_P2=None), batch_size, **sharding.host_share(mesh)._asdict()
+        )
         return np.concatenate([logps(params, sharding.put_batch(mesh, batch)) for batch in everything])[: len(rows)]
 
     return score
@@ -207,17 +206,24 @@ def make_scorer(cfg: Architecture, compute: Compute, mesh: jax.sharding.Mesh, ba
 def stored_scores(path: Path, made_of: object, compute: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
     """What is in the file, if it was made of the same; otherwise computed, and kept there."""
     fingerprint = hashlib.sha256(json.dumps(made_of, default=str).encode()).hexdigest()
+    if stored := hosts.first(lambda: _read_scores(path, fingerprint)):
+        return [np.array(part, np.float32) for part in stored]
+    scores = compute()
+    if hosts.is_first():
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            arrays: dict[str, Any] = {f"scores_{number}": part for number, part in enumerate(scores)}
+            np.savez(file, fingerprint=fingerprint, **arrays)
+    return scores
+
+
+def _read_scores(path: Path, fingerprint: str) -> list[list[list[float]]]:
     try:
         with np.load(path) as stored:
             if str(stored["fingerprint"]) == fingerprint:
-                return [stored[f"scores_{number}"] for number in range(len(stored) - 1)]
+                return [stored[f"scores_{number}"].tolist() for number in range(len(stored) - 1)]
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # there is none, or it is damaged
-    scores = compute()
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        arrays: dict[str, Any] = {f"scores_{number}": part for number, part in enumerate(scores)}
-        np.savez(file, fingerprint=fingerprint, **arrays)
-    return scores
+    return []
 
 
 def preference_hook(config: Config, score: Scorer, rows: PairRows) -> Hook:

@@ -11,16 +11,15 @@ is not measured again, unless with --force; chat tasks are kept one by one.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from nanochat_jax import sharding
+from nanochat_jax import hosts, sharding
 from nanochat_jax.config import to_json, write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.load import load_model
+from nanochat_jax.sharding import MeshConfig
 from train import cli
 from train.stage import at_least
 from train.suites import SUITES, Subject
@@ -54,6 +53,8 @@ class Config:
     max_new_tokens: int = 512
     """For chat: tokens of an answer at most, within the model's context."""
 
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("examples", 0), ("slots", 1), ("max_new_tokens", 1)):
             at_least(name.replace("_", "-"), getattr(self, name), least)
@@ -71,11 +72,12 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Measure, print, store and return."""
-    mesh = sharding.make_mesh()
+    hosts.agree(config=config)
+    mesh = sharding.make_mesh(config.mesh)
     loaded = load_model(config.checkpoint, step=config.step, mesh=mesh)
-    path, is_first = config.checkpoint / "evaluation.json", jax.process_index() == 0
+    path, is_first = config.checkpoint / "evaluation.json", hosts.is_first()
     identity = {"step": loaded.step, "fingerprint": loaded.stored.fingerprint}
-    suites = _stored(path, identity)
+    suites = hosts.first(lambda: _stored(path, identity))
     evaluation = {"config": to_json(config), **identity, "suites": suites}
     say = print if is_first else lambda *_: None  # one host speaks, and writes, for all
     say(f"{config.checkpoint}, step {loaded.step:,}{f', on {config.data}' if config.data else ''}")

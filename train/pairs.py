@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from nanochat_jax import sharding
+from nanochat_jax import hosts, sharding
 from nanochat_jax.chat import Conversation, Part, check_conversation, content_parts, parse, render
 from nanochat_jax.data.rl import open_questions
 from nanochat_jax.errors import UserError
@@ -71,8 +71,7 @@ COUNTED = ("questions", "right", "mixed", "wrong", "unusable", "pairs")
 
 def main(config: Config) -> dict[str, Counter[str]]:
     """Make pairs, and say what became of each task's questions."""
-    if jax.process_count() > 1:
-        raise UserError("pairs are sampled on the devices of one host; start train.pairs as one process")
+    hosts.agree(config=config)
     loaded = load_model(config.checkpoint, mesh=sharding.make_mesh())
     tok, cfg = loaded.tokenizer, loaded.cfg
     questions = open_questions(config.tasks, "train", tok, cfg.sequence_len, limit=config.examples or None).all
@@ -93,7 +92,7 @@ def main(config: Config) -> dict[str, Counter[str]]:
         print(f"{task:16}" + "".join(f"{count[name]:12,}" for name in COUNTED))
     if not lines:
         raise UserError(f"no pairs came of {len(questions):,} questions: ask more, or with more samples")
-    write_bytes(config.out, "".join(lines).encode())
+    hosts.first(lambda: write_bytes(config.out, "".join(lines).encode()))
     print(f"{len(lines):,} pairs in {config.out}")
     return counts
 

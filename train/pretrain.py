@@ -26,6 +26,7 @@ from nanochat_jax.layers import Compute
 from nanochat_jax.load import open_model
 from nanochat_jax.loop import Hook
 from nanochat_jax.sampling import Sampling
+from nanochat_jax.sharding import HostShare
 from nanochat_jax.state import Batch, LossFn, TrainState
 from train import cli
 from train.stage import RunConfig, Stage, at_least, run_stage, validation_hook
@@ -131,11 +132,8 @@ def main(config: Config) -> Result:
         )
     _announce(plan, corpus)
 
-    def feed(step: int) -> Iterator[Rows]:
-        return corpus.batches(
-            batch_size=rows, seed=config.seed, start_step=step,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
+    def feed(step: int, share: HostShare) -> Iterator[Rows]:
+        return corpus.batches(batch_size=rows, seed=config.seed, start_step=step, **share._asdict())
 
     def measure(mesh: jax.sharding.Mesh, micro_rows: int) -> list[Hook]:
         every, limit = config.run.eval_every, config.eval_rows

@@ -34,13 +34,14 @@ from nanochat_jax.loop import Hook
 from nanochat_jax.losses import policy_gradient_loss
 from nanochat_jax.rollouts import GREEDY, answer, make_engine
 from nanochat_jax.sampling import Sampling
+from nanochat_jax.sharding import HostShare
 from nanochat_jax.state import Batch as DeviceBatch
 from nanochat_jax.state import LossFn, TrainState
 from nanochat_jax.tokenizer import Tokenizer
 from train import cli
 from train.finetune import Schedule, fine_tune, open_base
 from train.microbatch import micro_rows
-from train.stage import Rollout, RunConfig, Stage, at_least, run_stage
+from train.stage import Rollout, RunConfig, Stage, at_least, run_stage, stage_mesh
 
 # Source: nanochat, scripts/chat_rl.py.
 SCHEDULE = Schedule(warmup_steps=0, warmdown_fraction=1.0, momentum=(0.95, 0.95), momentum_warmup_steps=0)
@@ -114,8 +115,6 @@ class Policy:
 
 def main(config: Config) -> TrainState:
     """Learn from answers, and return the final state."""
-    if jax.process_count() > 1:
-        raise UserError("reinforcement learning samples on the devices of one host; start it as one process")
     compute = config.run.compute.resolve()
     base, _, horizon = open_base(config.checkpoint)
     cfg, tok = base.cfg, base.tokenizer
@@ -126,7 +125,7 @@ def main(config: Config) -> TrainState:
         config.checkpoint, SCHEDULE, steps=steps, batch_tokens=horizon.batch_tokens, lr_fraction=config.lr_fraction,
         warm=False, compute=compute,
     )  # fmt: skip
-    mesh = sharding.make_mesh(config.run.mesh)
+    mesh = stage_mesh(config.run, cfg, compute, tuned.tx, config.prompts_per_step * config.samples)
     policy = Policy(cfg, tok, compute, engine_of(cfg, tok, compute, config.slots * sharding.batch_devices(mesh)))
     print(
         f"{len(questions):,} questions, {questions.too_long:,} left out for filling the context; {len(held_out):,} "
@@ -134,8 +133,10 @@ def main(config: Config) -> TrainState:
         f"answers each, {steps * config.prompts_per_step / len(questions):.2f} epochs"
     )
 
-    def feed(step: int) -> Iterator[Batch]:
-        return batches(questions, batch_size=config.prompts_per_step, seed=config.seed, start_step=step)
+    def feed(step: int, share: HostShare) -> Iterator[Batch]:
+        return batches(
+            questions, batch_size=config.prompts_per_step, seed=config.seed, start_step=step, **share._asdict()
+        )
 
     numbers = ("task", "prompts_per_step", "samples", "advantage", "kl_weight", "temperature", "top_k", "seed")
     stage = Stage(
@@ -216,17 +217,15 @@ def make_scorer(config: Config, policy: Policy, mesh: jax.sharding.Mesh, step: i
     def reference() -> model.Params:
         return load_model(config.checkpoint, step=step, mesh=mesh).params
 
-    @jax.jit
-    def nats(params: model.Params, rows: DeviceBatch) -> jax.Array:
-        def micro_nats(micro: DeviceBatch) -> jax.Array:
-            return model.token_nats(params, cfg, micro["tokens"], micro["targets"], compute=compute)
-
-        nats_ABT: jax.Array = jax.lax.map(micro_nats, rows)
-        return nats_ABT
+    @partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def nats(params: model.Params, micro: DeviceBatch) -> jax.Array:
+        return model.token_nats(params, cfg, micro["tokens"], micro["targets"], compute=compute)
 
     def score(rows: Batch) -> np.ndarray:
-        on_device = sharding.put_batch(mesh, rows, rows_per_step // micro_batch)
-        return np.asarray(nats(reference(), on_device)).reshape(rows["tokens"].shape)
+        starts = range(0, rows_per_step, micro_batch)
+        pieces = ({name: rows[name][i : i + micro_batch] for name in rows} for i in starts)
+        placed = (sharding.put_batch(mesh, sharding.host_rows(mesh, piece)) for piece in pieces)
+        return np.concatenate([nats(reference(), micro) for micro in placed])
 
     return score
 

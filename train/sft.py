@@ -24,6 +24,7 @@ from nanochat_jax.layers import Compute
 from nanochat_jax.loop import Hook
 from nanochat_jax.rollouts import make_engine
 from nanochat_jax.sampling import Sampling
+from nanochat_jax.sharding import HostShare
 from nanochat_jax.state import TrainState
 from nanochat_jax.tokenizer import Tokenizer
 from train import cli
@@ -98,11 +99,8 @@ def main(config: Config) -> TrainState:
         f"training: {steps:,} steps of {batch_tokens:,} tokens, {steps * rows / len(train_rows):.2f} epochs"
     )
 
-    def feed(step: int) -> Iterator[Batch]:
-        return batches(
-            train_rows, batch_size=rows, seed=config.seed, start_step=step,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
+    def feed(step: int, share: HostShare) -> Iterator[Batch]:
+        return batches(train_rows, batch_size=rows, seed=config.seed, start_step=step, **share._asdict())
 
     def measure(mesh: jax.sharding.Mesh, rows: int) -> list[Hook]:
         if not held_out:

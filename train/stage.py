@@ -11,9 +11,10 @@ from typing import Any, Literal
 import jax
 import optax
 
-from nanochat_jax import sharding, state
+from nanochat_jax import hosts, sharding, state
+from nanochat_jax.capacity import choose_mesh
 from nanochat_jax.checkpoint import Checkpoint, Checkpoints
-from nanochat_jax.config import Architecture, to_json, write_json
+from nanochat_jax.config import Architecture, differences, to_json, write_json
 from nanochat_jax.data.batches import Batch, Rows, validation_batches
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval.bpb import make_evaluator
@@ -21,8 +22,8 @@ from nanochat_jax.files import locked
 from nanochat_jax.layers import Compute, default_compute
 from nanochat_jax.loop import Hook, StopSignal, Units, fit
 from nanochat_jax.memory import explained
-from nanochat_jax.metrics import MetricsLog, peak_flops
-from nanochat_jax.sharding import MeshConfig
+from nanochat_jax.metrics import MetricsLog, NoLog, peak_flops
+from nanochat_jax.sharding import HostShare, MeshConfig
 from nanochat_jax.tokenizer import Tokenizer
 from train.microbatch import SPREAD, MicroBatch, Sized, micro_rows, size_step, unsized
 from train.start import Start, abstract_state
@@ -118,7 +119,7 @@ class Stage:
     tx: optax.GradientTransformation
     start: Start
     loss_fn: state.LossFn
-    batches: Callable[[int], Iterator[Batch]]  # from a step on
+    batches: Callable[[int, HostShare], Iterator[Batch]]  # from a step on, a host's share of them
     steps: int
     rows_per_step: int
     seed: int
@@ -128,6 +129,13 @@ class Stage:
     look: list[Hook]  # after it
     row: Batch | None = None  # one that is learnt from, for its shapes, if all have the same
     rollout: Rollout | None = None  # turns what `batches` gives into what is learnt from; no rates are logged then
+
+
+def stage_mesh(
+    run: RunConfig, cfg: Architecture, compute: Compute, tx: optax.GradientTransformation, rows_per_step: int
+) -> jax.sharding.Mesh:
+    """The mesh that is asked for, or that fits; see choose_mesh."""
+    return choose_mesh(run.mesh, cfg, rows_per_step, lambda mesh: abstract_state(cfg, compute, tx, mesh))
 
 
 def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainState, jax.sharding.Mesh]:
@@ -141,19 +149,20 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
     Returns:
         The final state and the mesh that it lies on.
     """
-    mesh = sharding.make_mesh(run.mesh)
+    recipe = to_json(stage.recipe)
+    hosts.agree(config=command, recipe=recipe, tokenizer=stage.tokenizer.sha256)
+    mesh = stage_mesh(run, stage.cfg, stage.compute, stage.tx, stage.rows_per_step)
     micro_rows(stage.rows_per_step, run.micro_batch, mesh)  # if it cannot be shared, say so before anything is done
     like = abstract_state(stage.cfg, stage.compute, stage.tx, mesh)
-    recipe = to_json(stage.recipe)
     with (
         sharding.on(mesh),
-        locked(run.out),
+        hosts.first_holds(locked(run.out)),
         explained(SPREAD),
         StopSignal().listening() as stop,  # the outer one: a signal must not cut the last save short
         Checkpoints(run.out / "checkpoints", keep_newest=run.keep_newest) as checkpoints,
     ):
         if run.resume == "never":
-            checkpoints.set_aside(checkpoints.steps())
+            hosts.first(lambda: checkpoints.set_aside(checkpoints.steps()))
         train_state = _restore(checkpoints, like, recipe)
         if train_state is None:
             train_state = stage.start(like)
@@ -163,7 +172,9 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
             return train_state, mesh
         sized = _size(stage, run, like, mesh)
         command = replace(command, run=replace(run, micro_batch=sized.rows))
-        write_json(run.out / "config.json", command)
+        hosts.first(lambda: write_json(run.out / "config.json", command))
+        if not all(hosts.gather((run.out / "config.json").exists())):
+            raise UserError(f"{run.out} is not the same folder for all processes: it must be shared, or in a bucket")
         measured: dict[int, dict[str, float]] = {}  # by step: a checkpoint claims only what was measured on it
 
         def remember(hook: Hook) -> Hook:
@@ -186,9 +197,10 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         print(f"{'going on from' if start else 'starting at'} step {start:,} on {mesh.size} × {device}")
         rows = sized.rows * sharding.batch_devices(mesh)
         train_step, batches = _steps(stage, sized.step, mesh, start, stage.rows_per_step // rows)
+        log_of = MetricsLog if hosts.is_first() else NoLog
         with (
             explained(sized.advice),
-            MetricsLog(run.out, step=start or -1, wandb=wandb) as log,  # what is measured at step 0 is measured anew
+            log_of(run.out, step=start or -1, wandb=wandb) as log,  # what is measured at step 0 is measured anew
         ):
             train_state = fit(
                 train_state,
@@ -224,9 +236,7 @@ def validation_hook(
     evaluate = make_evaluator(cfg, tokenizer.byte_lengths, compute, mesh)
 
     def run(step: int, train_state: state.TrainState) -> dict[str, float]:
-        everything = validation_batches(
-            rows, batch_size, process_index=jax.process_index(), process_count=jax.process_count()
-        )
+        everything = validation_batches(rows, batch_size, **sharding.host_share(mesh)._asdict())
         some = islice(everything, math.ceil(limit / batch_size) or None)
         measured = evaluate(train_state.params, (sharding.put_batch(mesh, batch) for batch in some))
         return {"val_bpb": measured.bpb, "val_loss": measured.loss}
@@ -236,7 +246,7 @@ def validation_hook(
 
 def _size(stage: Stage, run: RunConfig, like: state.TrainState, mesh: jax.sharding.Mesh) -> Sized:
     """The train step, with micro-batches that fit."""
-    train_step = state.make_train_step(stage.loss_fn, stage.tx, like, stage.seed)
+    train_step = state.make_train_step(stage.loss_fn, stage.tx, like, stage.seed, stage.compute.dtype)
     if stage.row is None:
         return unsized(train_step, micro_rows(stage.rows_per_step, run.micro_batch, mesh))
     return size_step(
@@ -251,14 +261,18 @@ def _steps(
     """The whole step, and what to feed it from a step on."""
     rollout = stage.rollout
     if rollout is None:
-        return train_step, _on_device(stage.batches(start), mesh, accumulate)
+        return train_step, _on_device(stage.batches(start, sharding.host_share(mesh)), mesh, accumulate)
+
+    whole = HostShare(0, 1)  # every process asks the same, and answers with the others
 
     def try_and_learn(train_state: state.TrainState, what: Batch) -> tuple[state.TrainState, state.StepMetrics]:
         rows, means = rollout(train_state, what)
-        train_state, metrics = train_step(train_state, sharding.put_batch(mesh, rows, accumulate))
+        train_state, metrics = train_step(
+            train_state, sharding.put_batch(mesh, sharding.host_rows(mesh, rows), accumulate)
+        )
         return train_state, metrics._replace(means={**metrics.means, **means})
 
-    return try_and_learn, stage.batches(start)
+    return try_and_learn, stage.batches(start, whole)
 
 
 def _on_device(batches: Iterator[Batch], mesh: jax.sharding.Mesh, accumulate: int) -> Iterator[state.Batch]:
@@ -286,17 +300,9 @@ def _restore(checkpoints: Checkpoints, like: state.TrainState, recipe: dict[str,
 
 
 def _check_recipe(checkpoint: Checkpoint, recipe: dict[str, Any]) -> None:
-    if differences := list(_differences(checkpoint.meta["recipe"], recipe)):
+    if found := list(differences(checkpoint.meta["recipe"], recipe)):
         raise UserError(
             f"{checkpoint.path} is of a run with another configuration:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(f"{name}: {there} there, {here} here" for name, there, here in found)
             + "\nChoose another --run.out, or --run.resume never to start anew there"
         )
-
-
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted(there.keys() | here.keys()):
-            yield from _differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-    elif there != here:
-        yield f"{name}: {there} there, {here} here"

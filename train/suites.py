@@ -53,7 +53,7 @@ def measure_bpb(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, 
     started, records = time.perf_counter(), held_out.records
     rows = subject.config.rows * sharding.batch_devices(mesh)
     evaluate = make_evaluator(subject.model.cfg, tok.byte_lengths, subject.model.compute, mesh)
-    batches = validation_batches(records, rows, process_index=jax.process_index(), process_count=jax.process_count())
+    batches = validation_batches(records, rows, **sharding.host_share(mesh)._asdict())
     progress = tqdm(batches, desc="bits per byte", unit="batch", total=math.ceil(len(records) / rows), disable=None)
     measured = evaluate(subject.model.params, (sharding.put_batch(mesh, batch) for batch in progress))
     if not measured.bytes:

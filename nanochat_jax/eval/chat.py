@@ -19,7 +19,6 @@ import numpy as np
 from nanochat_jax import model, sharding
 from nanochat_jax.chat import content_parts, render_prompt, visible_text
 from nanochat_jax.config import Architecture
-from nanochat_jax.data.batches import rows_per_process
 from nanochat_jax.engine import Engine
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval.bpb import NORMAL_95
@@ -169,10 +168,8 @@ class Evaluator:
         allowed_BV = np.zeros((self._rows, self._cfg.vocab_size), bool)
         for row, (prompt, tokens) in enumerate(zip(prompts, letters, strict=True)):
             tokens_BT[row, : len(prompt)], counts_B[row], allowed_BV[row, tokens] = prompt, len(prompt), True
-        local = rows_per_process(self._rows, jax.process_count())
-        own = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
-        batch = {"tokens_BT": tokens_BT[own], "counts_B": counts_B[own], "allowed_BV": allowed_BV[own]}
-        placed = sharding.put_batch(self._mesh, batch)
+        batch = {"tokens_BT": tokens_BT, "counts_B": counts_B, "allowed_BV": allowed_BV}
+        placed = sharding.put_batch(self._mesh, sharding.host_rows(self._mesh, batch))
         if length not in self._programs:  # compiled ahead, so that an unforeseen shape is an error and not a pause
             self._programs[length] = self._likeliest.lower(self._params, placed).compile()
         return np.asarray(self._programs[length](self._params, placed))

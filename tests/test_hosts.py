@@ -1,0 +1,149 @@
+"""Several processes are one run: real ones, with jax.distributed over gloo, eight devices in all."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax.checkpoint import Checkpoints
+from nanochat_jax.config import OptimConfig
+from nanochat_jax.load import load_model
+from nanochat_jax.metrics import read_metrics
+from nanochat_jax.sharding import MeshConfig
+from train import pretrain
+from train.stage import RunConfig
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+CACHE = os.environ.get("NANOCHAT_TEST_CACHE", "/tmp/nanochat_jax_test_cache")
+
+
+def launch(processes: int, *command: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.launch", "--processes", str(processes), "--", *command],
+        env=os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+            "JAX_COMPILATION_CACHE_DIR": f"{CACHE}_{processes}",  # a program is of its number of processes
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            **environment,
+        },
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors[-6000:]
+    return out, errors
+
+
+def pretrain_command(data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "train.pretrain", "--data", str(data), "--run.out", str(out), "--run.save-every", "2", "--run.eval-every", "3",
+        "--run.micro-batch", "1", "--run.mesh.data", "4", "--run.mesh.fsdp", "2",
+        "--model.depth", "1", "--model.head-dim", "32", "--optim.warmup-steps", "2", "--steps", str(STEPS),
+        "--batch-tokens", "512", "--prompts", "ab", "--seed", "3", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_data, tmp_path_factory) -> Path:
+    """The run of one process with all eight devices."""
+    out = tmp_path_factory.mktemp("single")
+    pretrain.main(
+        pretrain.Config(
+            data=tiny_data,
+            run=RunConfig(out=out, save_every=2, eval_every=3, micro_batch=1, mesh=MeshConfig(4, 2)),
+            model=pretrain.ModelArgs(depth=1, head_dim=32),
+            optim=OptimConfig(warmup_steps=2),
+            steps=STEPS,
+            batch_tokens=512,
+            prompts=("ab",),
+            seed=3,
+        )
+    )
+    return out
+
+
+def check_alike(out: Path, whole: Path) -> None:
+    """Losses, validation and parameters, in float32: sums over other links are added in another order."""
+    for name in ("loss", "val_bpb", "val_loss"):
+        found, wanted = (
+            [(record["step"], record[name]) for record in read_metrics(folder) if name in record]
+            for folder in (out, whole)
+        )
+        assert [step for step, _ in found] == [step for step, _ in wanted]
+        np.testing.assert_allclose([x for _, x in found], [x for _, x in wanted], rtol=1e-5)
+    found, wanted = (jax.device_get(load_model(folder).params) for folder in (out, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_like_one(tiny_data, tmp_path, whole, processes):
+    out, errors = finish(launch(processes, *pretrain_command(tiny_data, tmp_path)))
+    check_alike(tmp_path, whole)
+    assert out.count("starting at step 0 on 8") == out.count("  ab│") == 1  # the first process speaks, no other does
+    assert len(re.findall(r"\[.*step/s", errors)) >= 1
+
+
+def kill_when(process: subprocess.Popen, path: Path, number: int, child: int) -> None:
+    """Send a signal to one of a launcher's processes, once a path exists."""
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1][-6000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[child]), number)
+
+
+def test_killed_stopped_and_resumed_by_fewer_processes(tiny_data, tmp_path, whole):
+    """Four processes, of which one is killed; two, of which one is told to stop; one."""
+    checkpoints = tmp_path / "checkpoints"
+    command = pretrain_command(tiny_data, tmp_path)
+    killed = launch(4, *command)
+    kill_when(killed, checkpoints / "2", signal.SIGKILL, child=2)
+    finish(killed, code=128 + signal.SIGKILL)
+    assert Checkpoints(checkpoints).newest() in (2, 4)
+    stopped = launch(2, *command)
+    kill_when(stopped, checkpoints / "4", signal.SIGTERM, child=1)
+    _, errors = finish(stopped, code=128 + signal.SIGTERM)
+    assert errors.count("Run the same command to go on") == 1
+    reached = Checkpoints(checkpoints).newest()
+    assert reached is not None and 4 <= reached < STEPS
+    out, _ = finish(launch(1, *command))
+    assert f"going on from step {reached}" in out
+    check_alike(tmp_path, whole)
+
+
+def test_processes_that_differ_are_told_once(tiny_data, tmp_path):
+    """Each process is given its number as the seed."""
+    program = tmp_path / "differ.py"
+    program.write_text(
+        "import os, runpy, sys\n"
+        "sys.argv += ['--seed', os.environ['JAX_PROCESS_ID']]\n"
+        "runpy.run_module('train.pretrain', run_name='__main__')\n"
+    )
+    command = pretrain_command(tiny_data, tmp_path / "run")
+    process = launch(2, "differ", *command[1:-2], PYTHONPATH=f"{tmp_path}:{ROOT}")
+    _, errors = finish(process, code=2)
+    assert errors.count("error: ") == 1
+    assert "config.seed: 0 of process 0, but 1 of process 1" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused_by_all(tiny_data, tmp_path):
+    from nanochat_jax.files import locked
+
+    with locked(tmp_path):
+        _, errors = finish(launch(2, *pretrain_command(tiny_data, tmp_path)), code=2)
+    assert errors.count("error: another process is at work") == 1
