@@ -53,7 +53,7 @@ def single() -> Run:
     return train((1, 1, 1), accumulate=1)
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "×".join(map(str, shape)))
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def run(request) -> Run:
     return train(request.param, accumulate=2)
 
