@@ -21,7 +21,7 @@ from train import pretrain
 from train.stage import RunConfig
 
 ROOT = Path(__file__).parents[1]
-STEPS = 6
+STEPS = 10
 CACHE = os.environ.get("NANOCHAT_TEST_CACHE", "/tmp/nanochat_jax_test_cache")
 
 
@@ -87,7 +87,7 @@ def check_alike(out: Path, whole: Path) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_like_one(tiny_data, tmp_path, whole, processes):
     out, errors = finish(launch(processes, *pretrain_command(tiny_data, tmp_path)))
     check_alike(tmp_path, whole)
@@ -106,6 +106,7 @@ def kill_when(process: subprocess.Popen, path: Path, number: int, child: int) ->
     os.kill(int(children[child]), number)
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_resumed_by_fewer_processes(tiny_data, tmp_path, whole):
     """Four processes, of which one is killed; two, of which one is told to stop; one."""
     checkpoints = tmp_path / "checkpoints"
@@ -113,13 +114,14 @@ def test_killed_stopped_and_resumed_by_fewer_processes(tiny_data, tmp_path, whol
     killed = launch(4, *command)
     kill_when(killed, checkpoints / "2", signal.SIGKILL, child=2)
     finish(killed, code=128 + signal.SIGKILL)
-    assert Checkpoints(checkpoints).newest() in (2, 4)
+    newest = Checkpoints(checkpoints).newest()
+    assert newest in (2, 4)
     stopped = launch(2, *command)
-    kill_when(stopped, checkpoints / "4", signal.SIGTERM, child=1)
+    kill_when(stopped, checkpoints / str(newest + 2), signal.SIGTERM, child=1)
     _, errors = finish(stopped, code=128 + signal.SIGTERM)
     assert errors.count("Run the same command to go on") == 1
     reached = Checkpoints(checkpoints).newest()
-    assert reached is not None and 4 <= reached < STEPS
+    assert reached is not None and newest + 2 <= reached < STEPS
     out, _ = finish(launch(1, *command))
     assert f"going on from step {reached}" in out
     check_alike(tmp_path, whole)
