@@ -82,7 +82,7 @@ def test_more_examples_compile_nothing_more(subject, evaluator):
     for task in tasks:
         evaluator.evaluate(task, examples[:20])
     compiled = evaluator.compilations
-    assert compiled == {"categorical": 2, "engine": 4}  # prompts to 64 and to 128 tokens; to insert and to decode
+    assert compiled == {"categorical": 2, "engine": 5}  # chunks of 32, 64 and 128 tokens; to insert and to decode
     counted: list[int] = []
     for task in tasks:
         evaluator.evaluate(task, examples + examples[::-1], counted.append)
