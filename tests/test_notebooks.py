@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jax
 import jupytext
 import nbformat
 import pytest
@@ -39,6 +40,8 @@ def test_runs_from_top_to_bottom(path, folder, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a CPU has; the notebook on sharding asks for more itself
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
+        monkeypatch.setenv(name.upper(), str(getattr(jax.config, name)))
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=SECONDS_PER_CELL, kernel_name="python3", resources=resources).execute()
