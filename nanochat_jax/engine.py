@@ -76,7 +76,8 @@ class Engine:
         params: the model's parameters, on one device, or over a mesh (the slots then lie over its data axes).
         cfg: the architecture.
         config: sizes.
-        tools, tokenizer: answer what requests with use_tools write between <|python_start|> and <|python_end|>.
+        tools: answer what requests with use_tools write between <|python_start|> and <|python_end|>.
+        tokenizer: the model's, which tools need.
         compute: dtype and attention backend; default: what suits the device.
 
     Raises:
