@@ -55,6 +55,7 @@ check shellcheck .venv/bin/shellcheck train/*.sh tests/*.sh .ci/run
 check ruff "$python" -m ruff check
 check format "$python" -m ruff format --check
 check mypy "$python" -m mypy
+check docs env NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict -q -f .ci/mkdocs.yml -d "$scratch/site"
 check pytest "$python" -m pytest -n "$workers" -m "not gpu and not tpu and not torch and not slow" ${pytest_args[@]+"${pytest_args[@]}"}
 if $demo; then check demo bash train/demo.sh --quick --out "$scratch"; fi
 if $demo; then check speedrun "$python" -m tests.rehearsal "$scratch/speedrun"; fi
