@@ -12,7 +12,17 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
-FIRST = ["index.md", "training.md", "data.md", "evaluation.md", "serving.md", "safety.md", "gpus.md", "tpu.md"]
+FIRST = [
+    "index.md",
+    "training.md",
+    "data.md",
+    "evaluation.md",
+    "serving.md",
+    "safety.md",
+    "gpus.md",
+    "multihost.md",
+    "tpu.md",
+]
 LAST = ["troubleshooting.md", "glossary.md", "design.md", "log.md", "api.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")  # of a text or a picture, without its anchor
 
@@ -26,13 +36,15 @@ def on_config(config: Any) -> None:
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that lie outside of docs/, and every file that a page links to."""
-    texts = {f"docs/{file.src_uri}": Path(str(file.abs_src_path)) for file in files.documentation_pages()}
-    for path, text in ((path, file.read_text()) for path, file in [*texts.items(), *((p, ROOT / p) for p in PAGES)]):
+    todo = [*PAGES, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
+    for path in todo:  # which grows: a page that is linked to links on
+        text = (ROOT / path).read_text()
         if path in PAGES:
             files.append(File.generated(config, PAGES[path], content=text))
         for target in (_target(path, link) for _, link in LINK.findall(text)):
             if _uri(target) not in files.src_uris and (ROOT / target).is_file() and target not in PAGES:
                 files.append(File.generated(config, _uri(target), abs_src_path=str(ROOT / target)))
+                todo += [target] if target.endswith(".md") else []
     return files
 
 

@@ -25,21 +25,7 @@ from nanochat_jax.config import from_depth, horizon
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-OTHERS = {
-    "source",
-    "export",
-    "cd",
-    "git",
-    "pip",
-    "tensorboard",
-    "curl",
-    "docker",
-    "hf",
-    "kubectl",
-    "xpk",
-    "gcloud",
-    "gsutil",
-}
+OTHERS = set("source export cd git pip tensorboard curl docker hf kubectl srun xpk gcloud gsutil".split())  # noqa: SIM905
 MODULE = re.compile(r"(train|serve|tests)\.[a-z_]+")
 
 
@@ -65,13 +51,15 @@ def blocks(page: Path) -> list[str]:
 def written() -> list[tuple[str, str]]:
     """(where it stands, command) of all commands."""
     found = [(page, words) for page in PAGES for block in blocks(page) for words in commands(block)]
-    for page in PAGES:  # within a sentence
+    for page in PAGES:  # in a line of its own, and within a sentence
+        own = re.findall(r"(?m)^    ((?:python|bash|srun) .*)$", page.read_text())
+        found += [(page, words) for line in own for words in commands(line)]
         inline = re.findall(r"(?<!`)`((?:python -m|bash|\.venv/bin/python -m) [^`\n<…]+)`", page.read_text())
         found += [(page, words) for line in inline for words in commands(line)]
     for file in [*(ROOT / "train").glob("*.py"), *(ROOT / "serve").glob("*.py")]:
         help_text = ast.get_docstring(ast.parse(file.read_text())) or ""
         for line in re.findall(r"(?m)^    ((?:python|bash) (?:.*\\\n)*.*)$", help_text):
-            found += [(file, words) for words in commands(line)]
+            found += [(file, words) for words in commands(re.sub(r" {2,}[^- ].*| …$", "", line))]  # what is said of it
     return sorted({(str(page.relative_to(ROOT)), shlex.join(words)) for page, words in found})
 
 
@@ -92,6 +80,8 @@ def check(words: list[str]) -> None:
         assert importlib.util.find_spec(words[at]), words[at]
         if others:
             check(others.split())
+    elif program == "export" and "=bash " in arguments[0]:
+        check(shlex.split(arguments[0].partition("=")[2]))
     elif program in ("bash", "sbatch") or program.endswith((".sh", "/run")):
         script, *arguments = words if program not in ("bash", "sbatch") else arguments
         text = (ROOT / script).read_text()
@@ -109,7 +99,9 @@ def check(words: list[str]) -> None:
     elif program.endswith("python"):
         assert arguments[0] == "-m" and importlib.util.find_spec(arguments[1]), words
     else:
-        assert program.removeprefix(".venv/bin/") in OTHERS, f"{program}: check it here, or add it to OTHERS"
+        assert program.startswith("$") or program.removeprefix(".venv/bin/") in OTHERS, (
+            f"{program}: check it here, or add it to OTHERS"
+        )
 
 
 @pytest.mark.parametrize(("page", "command"), written(), ids=lambda text: str(text)[:60])
