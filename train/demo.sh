@@ -120,4 +120,4 @@ To try next, in $root:
   $python -m train.tokenizer --help      every stage explains itself; --source text:'PATH/*.txt' takes your own text
   bash tests/run.sh                           all tests
 END
-if $quick; then echo "  bash train/demo.sh                          the same in earnest: half an hour on two cores"; fi
+if $quick; then echo "  bash train/demo.sh                          the same in earnest: a quarter of an hour on two cores"; fi
