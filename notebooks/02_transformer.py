@@ -30,7 +30,7 @@ import jax
 
 SMALL = jax.default_backend() == "cpu"
 VOCAB_SIZE, SEQUENCE_LEN, DEPTH, STEPS, BATCH_TOKENS = (
-    (1024, 256, 3, 120, 1024) if SMALL else (4096, 1024, 8, 600, 32768)
+    (1024, 256, 3, 120, 1024) if SMALL else (4096, 1024, 8, 200, 32768)
 )
 
 # %% [markdown]
@@ -170,10 +170,12 @@ print(f"… and {cfg.n_layer - 1} more blocks: {cfg.param_counts()['total']:,} p
 # ## What it expects
 #
 # `forward` gives logits for every position at once: (B, T) tokens in, (B, T, V) numbers out. Below, each token is the
-# redder, the less the model expected it after what stands before it.
+# redder, the less the model expected it after what stands before it. `Compute()` is float32 on plain XLA, as suits a
+# look.
 
 # %%
 import html
+from functools import partial
 
 from IPython.display import HTML
 
@@ -181,7 +183,8 @@ from nanochat_jax import model
 
 TEXT = "My fellow citizens, the Congress of the United States has the power to pass laws. The Congress of the United"
 tokens_T = np.array([tok.bos, *tok.encode(TEXT)], np.int32)
-logits_TV = jax.jit(model.forward, static_argnums=1)(params, cfg, tokens_T[None])[0]
+forward = jax.jit(partial(model.forward, cfg=cfg, compute=layers.Compute()))
+logits_TV = forward(params, tokens_BT=tokens_T[None])[0]
 print(f"tokens {tokens_T.shape} → logits {logits_TV.shape}")
 nats_T = -jnp.take_along_axis(jax.nn.log_softmax(logits_TV[:-1]), tokens_T[1:, None], axis=1)[:, 0]
 words = [tok.decode([token]) for token in tokens_T[1:]]
@@ -196,8 +199,8 @@ HTML(f'<div style="font:15px/1.8 monospace">{"<wbr>".join(spans)}</div>')
 
 # %%
 untrained = model.init_params(jax.random.key(0), cfg)
-nats = jax.jit(model.token_nats, static_argnums=1)
-first = nats(untrained, cfg, tokens_T[None, :-1], tokens_T[None, 1:]).mean()
+nats = jax.jit(partial(model.token_nats, cfg=cfg, compute=layers.Compute()))
+first = nats(untrained, tokens_BT=tokens_T[None, :-1], targets_BT=tokens_T[None, 1:]).mean()
 print(f"untrained {first:.3f} nats a token, log({cfg.vocab_size}) = {np.log(cfg.vocab_size):.3f}")
 print(f"trained   {nats_T.mean():.3f}")
 
@@ -221,7 +224,7 @@ def spy(q_BTNH, k_BTKH, v_BTKH, *, window, **options):
 
 attend = attention.attend
 with mock.patch.object(attention, "attend", spy):
-    model.trunk(params, cfg, tokens_T[None])
+    model.trunk(params, cfg, tokens_T[None], compute=layers.Compute())
 position = np.arange(len(tokens_T))
 distance = position[:, None] - position[None]
 maps = []
@@ -272,7 +275,7 @@ def spy(x, kernel_IO, **options):
 
 linear = layers.linear
 with mock.patch.object(layers, "linear", spy):
-    model.trunk(params, cfg, tokens_T[None])
+    model.trunk(params, cfg, tokens_T[None], compute=layers.Compute())
 rows = [params["smear_lambda"][0] * gate.T for channels, gate in gates if channels == SMEAR_CHANNELS]
 value_gates = [3 * gate.T for channels, gate in gates if channels == VE_GATE_CHANNELS]
 with_values = [i for i, spec in enumerate(cfg.layer_specs()) if spec.has_value_embed]

@@ -31,7 +31,7 @@ import jax
 
 SMALL = jax.default_backend() == "cpu"
 VOCAB_SIZE, SEQUENCE_LEN, DEPTH, STEPS, BATCH_TOKENS = (
-    (1024, 256, 2, 60, 2048) if SMALL else (4096, 1024, 8, 600, 32768)
+    (1024, 256, 2, 60, 2048) if SMALL else (4096, 1024, 8, 200, 32768)
 )
 
 # %% [markdown]

@@ -28,7 +28,7 @@ import jax
 
 SMALL = jax.default_backend() == "cpu"
 VOCAB_SIZE, SEQUENCE_LEN, WIDTH, LAYERS, STEPS, ROWS = (
-    (1024, 256, 96, 3, 150, 2) if SMALL else (4096, 1024, 512, 8, 400, 32)
+    (1024, 256, 96, 3, 150, 2) if SMALL else (4096, 1024, 512, 8, 150, 16)
 )
 
 # %% [markdown]

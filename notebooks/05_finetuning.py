@@ -30,9 +30,9 @@ if SMALL:
     VOCAB_SIZE, SEQUENCE_LEN, DEPTH, STEPS, BATCH_TOKENS = 1024, 128, 2, 40, 1024
     MIX, TASKS, SFT_STEPS, DPO_STEPS, RL_STEPS, ANSWER_TOKENS = "task:identity*8", "identity", 45, 6, 24, 32
 else:
-    VOCAB_SIZE, SEQUENCE_LEN, DEPTH, STEPS, BATCH_TOKENS = 4096, 512, 8, 800, 16384
+    VOCAB_SIZE, SEQUENCE_LEN, DEPTH, STEPS, BATCH_TOKENS = 4096, 512, 8, 300, 16384
     MIX = "task:identity*14,task:arithmetic#20000,task:mental-arithmetic#20000,task:refusals*8,chatterbot"
-    TASKS, SFT_STEPS, DPO_STEPS, RL_STEPS, ANSWER_TOKENS = "identity,arithmetic", 800, 16, 40, 48
+    TASKS, SFT_STEPS, DPO_STEPS, RL_STEPS, ANSWER_TOKENS = "identity,arithmetic", 400, 16, 40, 48
 
 # %% [markdown]
 # ## A base model

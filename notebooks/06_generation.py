@@ -27,7 +27,7 @@ import jax
 
 SMALL = jax.default_backend() == "cpu"
 VOCAB_SIZE, SEQUENCE_LEN, DEPTH, STEPS, BATCH_TOKENS = (
-    (1024, 256, 3, 120, 1024) if SMALL else (4096, 1024, 8, 600, 32768)
+    (1024, 256, 3, 120, 1024) if SMALL else (4096, 1024, 8, 200, 32768)
 )
 
 # %% [markdown]
@@ -131,7 +131,7 @@ def seconds(call) -> float:
     return min(times)
 
 
-lengths = [cfg.sequence_len // 8, cfg.sequence_len // 4, cfg.sequence_len // 2, cfg.sequence_len - 1]
+lengths = [cfg.sequence_len // 8, cfg.sequence_len // 4, cfg.sequence_len // 2, cfg.sequence_len * 3 // 4]
 uncached, cached = [], []
 one_BT, count_B = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
 for length in lengths:
@@ -249,10 +249,13 @@ assert alone[0] == texts[list(ways).index("temperature 1")]
 # ## The logit lens
 #
 # What would the model say if it stopped early? Every block reads and writes the same stream, so the last product can be
-# applied after any of them. A spy in the place of the norms sees the stream go by.
+# applied after any of them. A spy in the place of the norms sees the stream go by;
+# `Compute()` is float32 on plain XLA, as suits a look.
 
 # %%
 from unittest import mock
+
+from nanochat_jax.layers import Compute
 
 seen = []
 
@@ -265,7 +268,7 @@ def spy(x_BTD):
 rms_norm = model.rms_norm
 words = [tok.bos, *tok.encode("My fellow citizens, the Congress of the United States has the power")]
 with mock.patch.object(model, "rms_norm", spy):
-    model.trunk(params, cfg, jnp.array([words], jnp.int32), compute=compute)
+    model.trunk(params, cfg, jnp.array([words], jnp.int32), compute=Compute())
 # The first norm is the embedding's, then every block has two, and the last is the end's.
 stages = {f"into layer {i}": seen[1 + 2 * i] for i in range(cfg.n_layer)} | {"at the end": seen[-1]}
 
@@ -291,7 +294,7 @@ from nanochat_jax.data.pretrain import open_split
 row = open_split(RUNS / "data", "val").row(0)
 seen.clear()
 with mock.patch.object(model, "rms_norm", spy):
-    model.trunk(params, cfg, row["tokens"][None], compute=compute)
+    model.trunk(params, cfg, row["tokens"][None], compute=Compute())
 losses = []
 for x_BTD in (*seen[1 : 1 + 2 * cfg.n_layer : 2], seen[-1]):
     logprobs_TV = jax.nn.log_softmax(model.unembed(params, cfg, rms_norm(x_BTD))[0])

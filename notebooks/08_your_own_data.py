@@ -26,7 +26,7 @@ import jax
 
 SMALL = jax.default_backend() == "cpu"
 VOCAB_SIZE, SEQUENCE_LEN, DEPTH, STEPS, SFT_STEPS, BATCH_TOKENS = (
-    (1024, 128, 2, 40, 60, 1024) if SMALL else (2048, 512, 6, 400, 200, 16384)
+    (1024, 128, 2, 40, 60, 1024) if SMALL else (2048, 512, 6, 100, 100, 8192)
 )
 
 # %% [markdown]
