@@ -427,7 +427,7 @@ COMMANDS = [
     (
         pretrain,
         pretrain.Config(
-            data=Path("d"),
+            data="d",
             run=RunConfig(out=Path("o o"), resume="never"),
             model=pretrain.ModelArgs(depth=4),
             steps=7,
