@@ -15,10 +15,12 @@ if sys.argv[1] == "keep":
     cli._keep_freed_memory()
 step = jax.jit(lambda x: jnp.sin(x) @ jnp.ones((2048, 2048)))
 x = jnp.ones((8192, 2048))  # temporaries of 64 MiB
-for _ in range(3):
+faults = []
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[2:]))  # the heap may grow once more; giving back costs faults in every step
 """
 
 
