@@ -19,7 +19,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-STEPS_BETWEEN_LOOKS = 8
+STEPS_BETWEEN_LOOKS = 8  # of decoding on a GPU or TPU, at whether all rows have halted
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run over several GPU nodes under Slurm, one process a GPU: sbatch train/slurm.sh train.pretrain --data … --run.out …
 # Folders must be shared by the nodes, or lie in a bucket. jax finds the other processes by Slurm's own variables.
-# A run that Slurm preempts or ends is put back into the queue, and goes on from its last checkpoint.
+# A run that Slurm preempts, or whose node fails, is put back into the queue, and goes on from its last checkpoint.
 #SBATCH --job-name=nanochat
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

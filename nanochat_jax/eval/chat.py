@@ -199,10 +199,15 @@ def _result(task: Task, verdicts: list[Verdict], seconds: float) -> Result:
         accuracy=accuracy,
         interval=wilson(right, len(verdicts)),
         baseline=task.baseline,
-        centred=(accuracy - task.baseline) / (1 - task.baseline),
+        centred=centred(accuracy, task.baseline),
         seconds=round(seconds, 2),
         samples=tuple(verdict for verdict in samples if verdict),
     )
+
+
+def centred(accuracy: float, baseline: float) -> float:
+    """Accuracy on a scale on which guessing is 0 and perfection 1."""
+    return (accuracy - baseline) / (1 - baseline)
 
 
 def wilson(right: float, examples: int) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import Architecture, ModelConfig
 from nanochat_jax.eval.bundle import CoreTask, read_items
-from nanochat_jax.eval.chat import wilson
+from nanochat_jax.eval.chat import centred, wilson
 from nanochat_jax.eval.prompts import Choices, is_right, render
 from nanochat_jax.eval.score import Scorer, plan
 from nanochat_jax.workers import exit_with_parent
@@ -149,6 +149,6 @@ def evaluate(scorer: Scorer, tasks: Sequence[CoreTask], rendered: Sequence[list[
             accuracy=accuracy,
             interval=wilson(right, len(group)),
             baseline=task.baseline,
-            centred=(accuracy - task.baseline) / (1 - task.baseline),
+            centred=centred(accuracy, task.baseline),
         )
     return results
