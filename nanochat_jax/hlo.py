@@ -239,7 +239,9 @@ class _Reader:
         devices = (
             math.prod(self.rates.mesh.get(axis, 1) for axis in axes) if axes else math.prod(self.rates.mesh.values())
         )
-        size = max((_elements(dims) * _BITS.get(of, 8) / 8 for of, dims in _ARRAY.findall(op.shape)), default=0.0)
+        sizes = [_elements(dims) * _BITS.get(of, 8) / 8 for of, dims in _ARRAY.findall(op.shape)]
+        # What begins an asynchronous one names operands beside results.
+        size = max(sizes, default=0.0) if op.opcode.endswith("-start") else sum(sizes)
         share = (devices - 1) / max(devices, 1)
         if kind == "reduce-scatter" and not op.opcode.endswith("-start"):
             size *= devices  # what goes in is as much larger than what comes out

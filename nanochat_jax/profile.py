@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,16 @@ GROUPS = (  # the first that matches a kernel's name
 )
 
 
+class Kernel(NamedTuple):
+    """One run of a kernel on a device; times in nanoseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
 def kernels_by_time(folder: Path, calls: int, most: int = 25) -> dict[str, Any]:
-    """Milliseconds of device time a call, by group and by kernel.
+    """Milliseconds of a device's time a call, by group and by kernel; of several devices the mean.
 
     Args:
         folder: where jax.profiler.trace wrote to; the newest trace is read.
@@ -25,28 +33,57 @@ def kernels_by_time(folder: Path, calls: int, most: int = 25) -> dict[str, Any]:
         most: kernels to list.
     """
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    nanoseconds: Counter[str] = Counter()
-    first, last = float("inf"), 0.0
-    for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
-        if not plane.name.startswith("/device:"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                nanoseconds[event.name] += event.duration_ns
-                first, last = min(first, event.start_ns), max(last, event.end_ns)
-    groups: Counter[str] = Counter()
-    for name, value in nanoseconds.items():
-        kind = next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), "element-wise")
-        groups[kind] += value
-    busy = sum(groups.values())
-    per_call = 1e-6 / calls
-    return {
-        "groups": {name: round(value * per_call, 3) for name, value in groups.most_common()},
-        "idle": round(max(0.0, last - first - busy) * per_call, 3),
-        "kernels": {name[:100]: round(value * per_call, 3) for name, value in nanoseconds.most_common(most)},
-    }
+    devices = [
+        [
+            Kernel(event.name, event.start_ns, event.end_ns)
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+        for plane in jax.profiler.ProfileData.from_file(str(newest)).planes
+        if plane.name.startswith("/device:")
+    ]
+    return summary([kernels for kernels in devices if kernels], calls, most)
+
+
+def summary(devices: list[list[Kernel]], calls: int, most: int) -> dict[str, Any]:
+    """As kernels_by_time, of each device's kernels.
+
+    Communication is hidden while something else runs on its device, and waiting for other devices is part of it.
+    """
+    groups: dict[str, float] = defaultdict(float)
+    names: dict[str, float] = defaultdict(float)
+    idle = hidden = 0.0
+    for kernels in devices:
+        for kernel in kernels:
+            groups[group_of(kernel.name)] += kernel.end - kernel.start
+            names[kernel.name] += kernel.end - kernel.start
+        said = covered([kernel for kernel in kernels if group_of(kernel.name) == "communication"])
+        rest = covered([kernel for kernel in kernels if group_of(kernel.name) != "communication"])
+        busy = covered(kernels)
+        hidden += said + rest - busy
+        idle += max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels) - busy
+    per_call = 1e-6 / calls / max(len(devices), 1)
+
+    def longest_first(times: dict[str, float], most: int | None = None) -> dict[str, float]:
+        listed = sorted(times.items(), key=lambda entry: -entry[1])[:most]
+        return {name[:100]: round(time * per_call, 3) for name, time in listed}
+
+    found = {"groups": longest_first(groups), "idle": round(idle * per_call, 3), "kernels": longest_first(names, most)}
+    return found | ({"hidden_communication": round(hidden * per_call, 3)} if "communication" in groups else {})
+
+
+def group_of(kernel: str) -> str:
+    return next((group for group, pattern in GROUPS if re.search(pattern, kernel, re.IGNORECASE)), "element-wise")
+
+
+def covered(kernels: list[Kernel]) -> float:
+    """Nanoseconds in which at least one of the kernels runs."""
+    total, until = 0.0, -math.inf
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        total += max(0.0, kernel.end - max(kernel.start, until))
+        until = max(until, kernel.end)
+    return total
 
 
 class Collective(NamedTuple):

@@ -4,8 +4,8 @@ import pytest
 
 from nanochat_jax.errors import UserError
 from train import bench_loop, pretrain
-from train.bench import Device
 from train.stage import RunConfig
+from train.timing import Device
 
 
 def test_a_run_is_compared_with_its_bare_step(tiny_data, tmp_path):

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from nanochat_jax import model, sharding, tokenizer
-from nanochat_jax.config import from_depth
 from nanochat_jax.eval import core
 from nanochat_jax.eval.bundle import find_bundle, open_bundle
 from nanochat_jax.eval.prompts import Choices
@@ -47,13 +46,7 @@ class Core:
 def bench_core(config: Core) -> dict[str, Any]:
     """Examples per second in batches whose choices share their prefix, and of one example a call, each choice a row."""
     compute, tok = config.compute.resolve(), tokenizer.load(config.tokenizer)
-    cfg = from_depth(
-        config.model.depth,
-        vocab_size=max(config.vocab_size, tok.vocab_size),
-        sequence_len=config.sequence_len,
-        head_dim=config.model.head_dim,
-        window_pattern=config.model.window_pattern,
-    )
+    cfg = config.model.architecture(max(config.vocab_size, tok.vocab_size), config.sequence_len)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     params = jax.device_put(model.init_params(jax.random.key(0), cfg, compute), sharding.replicated(mesh))
     tasks = open_bundle(find_bundle(config.bundle))

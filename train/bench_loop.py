@@ -20,7 +20,8 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
 from nanochat_jax.metrics import read_metrics
 from train import cli, pretrain
-from train.bench import Device, Train, bench_train
+from train.bench_train import Train, bench_train
+from train.timing import Device
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,16 @@ class ModelArgs:
     fp8: bool = False
     """Train with 8-bit operands in the blocks' products, on Hopper, Ada or newer; evaluation stays in bfloat16."""
 
+    def architecture(self, vocab_size: int, sequence_len: int) -> ModelConfig:
+        """The model that they come to."""
+        return from_depth(
+            self.depth,
+            vocab_size=vocab_size,
+            sequence_len=sequence_len,
+            head_dim=self.head_dim,
+            window_pattern=self.window_pattern,
+        )
+
     def training_compute(self, compute: Compute) -> Compute:
         """How the training step computes, where everything else computes so.
 
@@ -175,13 +185,7 @@ def main(config: Config) -> Result:
 
 def plan_nanochat(config: Config, vocab_size: int, sequence_len: int, start: Architecture | None, dtype: str) -> Plan:
     """nanochat's architecture and optimizer, from the one dial."""
-    cfg = from_depth(
-        config.model.depth,
-        vocab_size=vocab_size,
-        sequence_len=sequence_len,
-        head_dim=config.model.head_dim,
-        window_pattern=config.model.window_pattern,
-    )
+    cfg = config.model.architecture(vocab_size, sequence_len)
     if start is not None:
         if not isinstance(start, ModelConfig):
             raise UserError("--init-from holds a GPT-2: choose one of the gpt2 presets for its optimizer")
