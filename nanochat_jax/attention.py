@@ -4,8 +4,6 @@ A query at position p sees the keys at positions p-window … p (window + 1 of t
 segments are given. Scores are scaled by 1/sqrt(head_dim) and the softmax runs in float32.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -85,7 +83,8 @@ def attend_cached(
         layer: which.
         counts_B: how many of the T tokens are real; the others' outputs mean nothing.
         window: keys seen before the query's own.
-        backend: of attention within the chunk, where the cache is an EmptyCache.
+        backend: of attention within the chunk, where the cache is an EmptyCache; for one new token a row, "cudnn"
+            means the kernel of decode_attention.py, which wants the same GPUs.
 
     Returns:
         (B, T, N, H) in q's dtype, and the layer's new keys and values.
@@ -107,14 +106,17 @@ def attend_cached(
         key_positions_BS = jnp.concatenate([slot_positions(lengths_B, S), chunk_positions_BT], axis=1)
     distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
     mask_BTS = (distance_BTS >= 0) & (distance_BTS <= window) & (key_positions_BS >= 0)[:, None, :]
+    lengths_B = jnp.where(counts_B > 0, lengths_B + counts_B, 0)
+    B, _, N, H = q_BTNH.shape
+    q_BKGH = q_BTNH[:, 0].reshape(B, -1, N // k_BTKH.shape[2], H)
     if T > 1:
         mixed_BTNH = masked_attention(q_BTNH, seen_keys, seen_values, mask_BTS)
+    elif backend == "cudnn" and supports(q_BKGH, seen_keys):
+        mixed_BTNH = decode_attention(q_BKGH, seen_keys, seen_values, lengths_B, window).reshape(B, 1, N, H)
     else:
-        lengths_B = jnp.where(counts_B > 0, lengths_B + counts_B, 0)
         operands = q_BTNH, seen_keys, seen_values, mask_BTS, lengths_B
         cpu = _blockwise_attention if S > 4 * KEY_BLOCK else _whole_attention  # where it pays even for full caches
-        gpu = partial(_kernel_attention, window=window)
-        mixed_BTNH = jax.lax.platform_dependent(*operands, cpu=cpu, cuda=gpu, default=_whole_attention)
+        mixed_BTNH = jax.lax.platform_dependent(*operands, cpu=cpu, default=_whole_attention)
     return mixed_BTNH.astype(q_BTNH.dtype), keys, values
 
 
@@ -122,16 +124,6 @@ def _whole_attention(
     q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array, _: jax.Array
 ) -> jax.Array:
     return masked_attention(q_B1NH, k_BKSH, v_BKSH, mask_B1S)
-
-
-def _kernel_attention(
-    q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array, lengths_B: jax.Array, *, window: int
-) -> jax.Array:
-    (B, _, N, H), K = q_B1NH.shape, k_BKSH.shape[1]
-    q_BKGH = q_B1NH.reshape(B, K, N // K, H)
-    if not supports(q_BKGH, k_BKSH):
-        return masked_attention(q_B1NH, k_BKSH, v_BKSH, mask_B1S)
-    return decode_attention(q_BKGH, k_BKSH, v_BKSH, lengths_B, window).reshape(B, 1, N, H)
 
 
 def _blockwise_attention(

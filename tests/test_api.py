@@ -410,7 +410,7 @@ def test_a_stream_that_is_cut_off_counts_as_incomplete(url, backend, monkeypatch
     assert one["incomplete"] > 0 and "out of luck" in one["errors"][0]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def try_operation(operation, mode, model, data):
     case = data.draw(operation.as_strategy(generation_mode=mode))

@@ -89,7 +89,7 @@ def test_look_alikes_stay_text(tok):
 PART_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(["text", "python", "python_output"]), PART_TEXT), min_size=1, max_size=6))
 def test_parse_is_the_inverse_of_render(tok, pieces):
     parts = [{"type": kind, "text": text} for kind, text in pieces]

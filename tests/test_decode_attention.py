@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
+from nanochat_jax import model
 from nanochat_jax.attention import masked_attention
-from nanochat_jax.cache import slot_positions
+from nanochat_jax.cache import init_cache, slot_positions
+from nanochat_jax.config import ModelConfig
 from nanochat_jax.decode_attention import BLOCK, decode_attention, supports
+from nanochat_jax.layers import Compute
 
 B, K, G, H = 8, 2, 2, 16
 
@@ -43,6 +46,28 @@ def test_rows_and_heads_stay_on_their_devices():
     result = program(*placed)
     np.testing.assert_allclose(result, expected, atol=2e-6)
     assert result.sharding.spec[:2] == ("rows", "heads")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("gpu", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200"])
+def test_kernel_is_one_that_triton_takes(gpu, dtype, groups):
+    q_BKGH = jax.ShapeDtypeStruct((4, 3, groups, 128), dtype)
+    k_BKSH, lengths_B = jax.ShapeDtypeStruct((4, 3, 513, 128), dtype), jax.ShapeDtypeStruct((4,), jnp.int32)
+    kernel = jax.jit(lambda *operands: decode_attention.fun(*operands, 512))
+    with use_abstract_mesh(AbstractMesh((1,), ("one",), abstract_device=AbstractDevice(gpu, 108, "gpu"))):
+        lowered = kernel.trace(q_BKGH, k_BKSH, k_BKSH, lengths_B).lower(lowering_platforms=("cuda",))
+    assert "triton" in lowered.as_text()
+
+
+@pytest.mark.parametrize(("backend", "kernels"), [("cudnn", 3), ("xla", 0)])
+def test_it_decodes_where_cudnn_attends(backend, kernels):
+    cfg, compute = ModelConfig(128, 64, 3, 2, 1, 32), Compute("bfloat16", backend)
+    params = jax.eval_shape(lambda: model.init_params(jax.random.key(0), cfg, Compute("bfloat16")))
+    cache = jax.eval_shape(lambda: init_cache(cfg, 2, "bfloat16"))
+    one = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    step = jax.make_jaxpr(lambda params, one, cache: model.forward(params, cfg, one, cache=cache, compute=compute))
+    assert str(step(params, one, cache)).count("custom_partitioning[") == kernels
 
 
 def test_odd_shapes_are_declined():

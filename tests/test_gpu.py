@@ -133,7 +133,10 @@ def test_8_bit_products_train_within_one_percent(speeches, tmp_path):
 
 
 several = pytest.mark.skipif(len(jax.devices()) < 2, reason="there is one GPU")
-FIFTY = ("--model.depth", "4", "--model.head-dim", "64", "--steps", "50", "--batch-tokens", "4096", "--lr-scale", "0.3")
+FIFTY = (
+    "--model.depth", "4", "--model.head-dim", "64", "--steps", "50", "--batch-tokens", "4096", "--lr-scale", "0.3",
+    "--optim.warmup-steps", "20",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from nanochat_jax.gram import BLOCK_K, BLOCK_M, blockwise, reference
+from nanochat_jax.gram import BLOCK_K, BLOCK_M, blockwise, gram, reference
 from nanochat_jax.muon import orthogonalize
 
 
@@ -27,6 +28,14 @@ def test_kernel_is_the_polynomial():
     result = blockwise(x_SMM, **how, interpret=True).astype(jnp.float32)
     expected = reference(x_SMM.astype(jnp.float32), **how)
     assert np.linalg.norm(result - expected) / np.linalg.norm(expected) < 3e-3
+
+
+@pytest.mark.parametrize("how", [{}, {"of_columns": True}, {"polynomial": (3.0, -2.0, 0.5)}])
+def test_kernel_is_one_that_triton_takes(how):
+    x_SMM = jax.ShapeDtypeStruct((3, 512, 512), jnp.bfloat16)
+    with use_abstract_mesh(AbstractMesh((1,), ("one",), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))):
+        lowered = jax.jit(lambda x: gram(x, **how)).trace(x_SMM).lower(lowering_platforms=("cuda",))
+    assert "triton" in lowered.as_text()
 
 
 @pytest.mark.parametrize("shape", [(2, 48, 48), (2, 24, 72), (2, 72, 24)])

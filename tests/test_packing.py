@@ -22,7 +22,7 @@ def packed(lengths: list[int], record_len: int, buffer: int) -> tuple[list[np.nd
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(2, 24), st.integers(1, 8))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_every_token_is_a_target_once(lengths, record_len, buffer):
     documents, records = packed(lengths, record_len, buffer)
     targets = np.concatenate([record[1:] for record in records] or [np.array([])])
@@ -32,7 +32,7 @@ def test_every_token_is_a_target_once(lengths, record_len, buffer):
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(2, 24), st.integers(1, 8))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_tokens_of_a_document_stay_in_order_behind_a_bos(lengths, record_len, buffer):
     _, records = packed(lengths, record_len, buffer)
     for record in records:

@@ -108,7 +108,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.sampled_from(PIECES), max_size=40), st.data())
 def test_words_do_not_depend_on_the_chunks(pieces, data):
     text = "".join(pieces)

@@ -118,7 +118,7 @@ PIECES = ["make", "build", "a", "bath", "bomb", "b0m", "b", "cyclone", "take", "
           "12345674", " ", " ", " ", ", ", ". ", "-", "\u200b", "\u0301", "ﬃ", "xyz", "'s"]  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.sampled_from(PIECES), max_size=40), st.data())
 def test_a_stream_gives_what_the_whole_text_gives(small, pieces, data):
     text = "".join(pieces)

@@ -93,7 +93,7 @@ def test_too_long_keeps_whole_turns_or_is_counted_as_dropped(tok):
         pack_conversations([short], tok, 0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 50), max_size=200))
 def test_best_fit(lengths):
     rows = best_fit(lengths, 50)

@@ -46,7 +46,7 @@ def test_refused(expression):
         assert calculate(expression) is None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(st.text(max_size=80), st.text("0123456789.+-*/%() ,eE'\"cout", max_size=80)))
 def test_hostile_text_gives_text_or_nothing_at_once(expression):
     started = time.perf_counter()
@@ -58,7 +58,7 @@ def test_hostile_text_gives_text_or_nothing_at_once(expression):
 NUMBERS = st.integers(0, 10**6).map(str)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.recursive(NUMBERS, lambda e: st.tuples(e, st.sampled_from("+-*"), e).map("({0[0]}{0[1]}{0[2]})".format), max_leaves=8))  # fmt: skip # noqa: E501
 def test_whole_numbers_are_exact(expression):
     assert calculate(expression) == str(eval(compile(ast.parse(expression, mode="eval"), "", "eval")))
