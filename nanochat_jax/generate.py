@@ -148,10 +148,15 @@ def decode(
         The slots, all returned tokens fed, and the tokens.
     """
     B, T = forced_BT.shape
+    on_cpu = jax.default_backend() == "cpu"
+    if B == 1 and not on_cpu:  # beside an empty slot: XLA makes half as many kernels again of a single row's step
+        wider = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), (slots, forced_BT, limits_B))
+        found = decode(params, *wider, cfg=cfg, compute=compute, top=top)
+        return jax.tree.map(lambda x: x[:1], found)
     limits_B = jnp.minimum(limits_B, T)
     # Whether all have halted is known on the host only after the device has caught up, which costs a GPU more than idle
     # steps.
-    between_looks = 1 if jax.default_backend() == "cpu" else min(T, STEPS_BETWEEN_LOOKS)
+    between_looks = 1 if on_cpu else min(T, STEPS_BETWEEN_LOOKS)
     # A running slot takes one token a step. Drawn here, for all steps: the generator is slow on few numbers.
     positions_BT = slots.rows.cache.lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     uniforms_BT = uniforms(slots.how.seed_B, positions_BT)

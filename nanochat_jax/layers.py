@@ -77,12 +77,7 @@ def linear(x: jax.Array, kernel_IO: jax.Array, *, fp8: bool = False) -> jax.Arra
     """x @ kernel in the dtype of x, or from 8-bit operands: master weights may be wider."""
     if fp8:
         return fp8_linear(x, kernel_IO)
-    kernel_IO = kernel_IO.astype(x.dtype)
-    if x.size == x.shape[-1] and jax.default_backend() == "gpu":
-        # XLA writes out all terms of a single row's product and adds them up; for several rows it has fast kernels.
-        rows = jnp.pad(x.reshape(1, -1), ((0, 15), (0, 0))) @ kernel_IO
-        return jax.lax.optimization_barrier(rows)[:1].reshape(*x.shape[:-1], -1)
-    return x @ kernel_IO
+    return x @ kernel_IO.astype(x.dtype)
 
 
 @jax.custom_vjp

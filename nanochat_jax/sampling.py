@@ -93,10 +93,10 @@ def choose(logits_BV: jax.Array, how: SamplingArrays, uniforms_B: jax.Array, see
     logits_BV = jnp.where(logits_BV > 0, logits_BV / penalty_BV, logits_BV * penalty_BV)
     # The largest logit is taken off before, and the temperature bounded, so that nothing overflows.
     below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
-    probs_BV = jax.nn.softmax(below_BV / jnp.maximum(how.temperature_B, 1e-6)[:, None], axis=-1)
-    least_B = jnp.maximum(
-        least_probability(probs_BV, how.top_k_B, how.top_p_B), how.min_p_B * jnp.max(probs_BV, axis=-1)
-    )
+    weights_BV = jnp.exp(below_BV / jnp.maximum(how.temperature_B, 1e-6)[:, None])  # of the likeliest exactly 1
+    most_B1 = 1 / jnp.sum(weights_BV, axis=-1, keepdims=True)
+    probs_BV = weights_BV * most_B1
+    least_B = jnp.maximum(least_probability(probs_BV, how.top_k_B, how.top_p_B), how.min_p_B * most_B1[:, 0])
     drawn_B = _draw(jnp.where(probs_BV >= least_B[:, None], probs_BV, 0.0), uniforms_B)
     return jnp.where(how.temperature_B > 0, drawn_B, _first(below_BV == 0))
 
@@ -174,13 +174,13 @@ def _least_by_halves(probs_BV: jax.Array, bits_BV: jax.Array, most_B: jax.Array,
 
 def _least_by_digits(probs_BV: jax.Array, bits_BV: jax.Array, most_B: jax.Array, mass_B: jax.Array) -> jax.Array:
     """The same, several bits at a time: on GPUs and TPUs a few wide kernels in place of a long chain of small ones."""
-    least_B = jnp.zeros_like(bits_BV[:, 0])
+    least_B, limits_B2 = jnp.zeros_like(bits_BV[:, 0]), jnp.stack([most_B.astype(jnp.float32), mass_B], axis=1)
     for shift in range(ONE_BITS.bit_length() - DIGIT, -1, -DIGIT):
         steps_1D = jnp.arange(1, 2**DIGIT, dtype=jnp.int32)[None] << shift
         likelier_BDV = bits_BV[:, None] >= (least_B[:, None] + steps_1D)[:, :, None]
-        count_BD = jnp.sum(likelier_BDV, axis=-1, dtype=jnp.int32)
-        sum_BD = jnp.sum(jnp.where(likelier_BDV, probs_BV[:, None], 0), axis=-1)
-        refused_BD = (count_BD >= most_B[:, None]) | (sum_BD >= mass_B[:, None])
+        worth_B21V = jnp.stack([jnp.ones_like(probs_BV), probs_BV], axis=1)[:, :, None]
+        sums_B2D = jnp.sum(jnp.where(likelier_BDV[:, None], worth_B21V, 0), axis=-1)
+        refused_BD = jnp.any(sums_B2D >= limits_B2[:, :, None], axis=1)
         least_B += jnp.sum(refused_BD, axis=-1, dtype=jnp.int32) << shift
     return least_B
 

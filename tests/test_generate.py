@@ -9,7 +9,7 @@ import pytest
 from nanochat_jax import model
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.generate import empty_rows, generate, prefill, restore, snapshot
+from nanochat_jax.generate import decode, empty_rows, empty_slots, generate, prefill, restore, snapshot
 from nanochat_jax.layers import Compute
 from nanochat_jax.sampling import Sampling
 
@@ -60,6 +60,20 @@ def test_a_row_does_not_depend_on_its_neighbours(params):
         for row, one in zip(rows, how, strict=True)
     ]
     assert together == alone
+
+
+def test_an_accelerator_decodes_a_single_row_beside_an_empty_one(params, monkeypatch):
+    slots = empty_slots(1, CFG, COMPUTE, CFG.sequence_len)
+    options = {"cfg": CFG, "compute": COMPUTE}
+    slots = slots._replace(rows=prefill(params, slots.rows, jnp.array([[5, 6, 7, 8]]), jnp.array([4]), **options))
+    asked = jnp.full((1, 40), -1, jnp.int32).at[0, 3].set(9), jnp.array([33])
+    expected = jax.jit(partial(decode, top=2, **options))(params, slots, *asked)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = jax.jit(partial(decode, top=2, **options))(params, slots, *asked)
+    assert np.array_equal(found[1].tokens_BT, expected[1].tokens_BT) and (found[1].tokens_BT >= 0).sum() == 33
+    for one, other in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(one[:, :33], other[:, :33], 1e-4, 1e-4)  # what follows the last means nothing
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found[0], expected[0])
 
 
 def test_stop_tokens_end_a_row_and_are_left_out(params):
