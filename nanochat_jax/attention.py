@@ -4,12 +4,15 @@ A query at position p sees the keys at positions p-window … p (window + 1 of t
 segments are given. Scores are scaled by 1/sqrt(head_dim) and the softmax runs in float32.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from nanochat_jax import splash
 from nanochat_jax.cache import EmptyCache, KVCache, slot_positions, write
 from nanochat_jax.decode_attention import decode_attention, supports
+from nanochat_jax.sharding import over_rows_and_heads
 
 QUERY_CHUNK = 256  # queries a block of the chunked backend: small enough to skip most of what is masked
 KEY_BLOCK = 128  # keys a block where one query looks into a cache on a CPU
@@ -40,12 +43,8 @@ def attend(
     """
     T = q_BTNH.shape[1]
     if backend == "cudnn":
-        local = (window, 0) if window < T - 1 else None
-        ids = segment_ids_BT
-        same_B1TS = None if ids is None else (ids[:, None, :, None] == ids[:, None, None, :])
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, local_window_size=local, implementation="cudnn"
-        )
+        cudnn = partial(_cudnn_attention, window=window)
+        return over_rows_and_heads(cudnn, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
     if backend.startswith("splash") and splash.fits(q_BTNH):
         interpret = backend == "splash-interpreted"
         return splash.attend(q_BTNH, k_BTKH, v_BTKH, window=window, segment_ids_BT=segment_ids_BT, interpret=interpret)
@@ -60,6 +59,16 @@ def attend(
         k_BKSH, v_BKSH = (x[:, keys].swapaxes(1, 2) for x in (k_BTKH, v_BTKH))
         outputs.append(masked_attention(q_BTNH[:, queries], k_BKSH, v_BKSH, mask_BTS))
     return jnp.concatenate(outputs, axis=1)
+
+
+def _cudnn_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array | None, *, window: int
+) -> jax.Array:
+    local = (window, 0) if window < q_BTNH.shape[1] - 1 else None
+    same_B1TS = None if ids_BT is None else (ids_BT[:, None, :, None] == ids_BT[:, None, None, :])
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
 
 
 def attend_cached(

@@ -222,6 +222,43 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulate: int | None =
     return {name: put(rows) for name, rows in batch.items()}
 
 
+def over_rows_and_heads(
+    attend: Callable[..., jax.Array],
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    """Attention by a kernel, which the compiler cannot cut over devices by itself, on each device's rows and heads.
+
+    Over the mesh of the context (see `on`): rows over its batch axes and heads over `tensor`, as far as they divide.
+    Axes that a surrounding shard_map has cut already are left alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+    if all(size == 1 for size in free.values()):
+        return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    rows: tuple[str, ...] = ()
+    parts = 1
+    for name in BATCH_AXES:
+        if name in free and q_BTNH.shape[0] % (parts * free[name]) == 0:
+            rows, parts = (*rows, name), parts * free[name]
+    heads = "tensor" if "tensor" in free and k_BTKH.shape[2] % free["tensor"] == 0 else None
+    by_head, by_row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+    cut = jax.shard_map(
+        attend,
+        in_specs=(by_head, by_head, by_head, by_row),
+        out_specs=by_head,
+        axis_names=set(free),
+        check_vma=False,  # kernels do not say over which axes their results vary
+    )
+    return cut(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
 MatrixFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 

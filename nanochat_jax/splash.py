@@ -5,9 +5,8 @@ from functools import partial
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import AxisType, PartitionSpec
 
-from nanochat_jax.sharding import BATCH_AXES
+from nanochat_jax.sharding import over_rows_and_heads
 
 LANES = 128  # of a TPU's registers: lengths must divide by it
 LARGEST_BLOCK = 1024  # queries, and keys, of a block; on a v6e another port found 1,024 faster than 512
@@ -40,36 +39,9 @@ def attend(
     segment_ids_BT: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """attention.attend with the splash kernels; interpreted they run anywhere, slowly, for tests.
-
-    The compiler cannot cut a kernel over devices by itself, so that this is done here, over the mesh of the context
-    (sharding.on): rows over its batch axes and heads over `tensor`, as far as they divide. Axes that a surrounding
-    shard_map has cut already are left alone.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        name: mesh.shape[name]
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
-    }
+    """attention.attend with the splash kernels; interpreted they run anywhere, slowly, for tests."""
     local = partial(_attend_on_one_device, window=window, interpret=interpret)
-    if all(size == 1 for size in free.values()):
-        return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    rows: tuple[str, ...] = ()
-    parts = 1
-    for name in BATCH_AXES:
-        if name in free and q_BTNH.shape[0] % (parts * free[name]) == 0:
-            rows, parts = (*rows, name), parts * free[name]
-    heads = "tensor" if "tensor" in free and k_BTKH.shape[2] % free["tensor"] == 0 else None
-    by_head, by_row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
-    cut = jax.shard_map(
-        local,
-        in_specs=(by_head, by_head, by_head, by_row),
-        out_specs=by_head,
-        axis_names=set(free),
-        check_vma=False,  # the kernels do not say over which axes their results vary
-    )
-    return cut(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    return over_rows_and_heads(local, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def _attend_on_one_device(
