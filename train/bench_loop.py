@@ -1,7 +1,7 @@
 """How much of the bare training step's speed is left of it in a whole run: loader, logging and loop take the rest.
 
-    python -m train.pretrain --data runs/demo/data --run.out /tmp/loop --model.depth 12 --steps 60 …
-    python -m train.bench_loop --run /tmp/loop
+    python -m train.pretrain --data runs/demo/data --run.out runs/loop --model.depth 12 --steps 60 …
+    python -m train.bench_loop --run runs/loop
 
 Reads the run's metrics, and times the same step on random tokens on the same devices, which should be as quiet now as
 they were then.

@@ -27,7 +27,9 @@ def run[C](main: Callable[[C], Any], config_class: type[C]) -> None:
     _use_compilation_cache()
     _keep_freed_memory()
     try:
-        config = tyro.cli(config_class, description=inspect.getdoc(inspect.getmodule(main)))
+        module = inspect.getmodule(main)
+        name = module.__spec__.name if module and module.__spec__ else None
+        config = tyro.cli(config_class, prog=name and f"python -m {name}", description=inspect.getdoc(module))
         if "jax" in sys.modules:
             hosts().join()
         main(config)
