@@ -1,6 +1,8 @@
 # %% [markdown]
 # # 2. The transformer, piece by piece
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/nanochat-jax/blob/main/notebooks/02_transformer.ipynb)
+#
 # The whole model is one file, `nanochat_jax/model.py`, of small functions of arrays. Here we call them one by one, look
 # at what they do, and then look inside a model that has learnt a little.
 #
@@ -8,16 +10,16 @@
 # V tokens of the vocabulary.
 
 # %% cellView="form"
-# On Colab this installs the library, from the repository whose address you give; elsewhere it does nothing.
+# On Colab this installs the library; where it is importable already, it does nothing.
 import importlib.util
 import shutil
 import subprocess
 import sys
 
-REPO = ""  # @param {type: "string"}
+REPO = "https://github.com/OWNER/nanochat-jax"  # @param {type: "string"}
 sys.path.append("..")  # in a clone the library lies beside notebooks/
 if importlib.util.find_spec("nanochat_jax") is None:
-    assert REPO, "write the address of the repository that this notebook came from into REPO, then run the cell again"
+    assert "OWNER" not in REPO, "write the address of the repository that this notebook came from into REPO"
     extra = "cuda12" if shutil.which("nvidia-smi") else "tpu" if importlib.util.find_spec("libtpu") else "cpu"
     packages = [f"nanochat-jax @ git+{REPO}", f"jax[{extra}]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
@@ -83,6 +85,26 @@ right.set(xlabel="key", ylabel="query", title="only the distance counts")
 figure.tight_layout()
 
 # %% [markdown]
+# ## Attention
+#
+# Each position asks a question (its query) of the positions up to it. Products of the query with their keys, through a
+# softmax, are weights; what it gets are their values, averaged by these weights. That is all of it, and `attend` does
+# it in pieces, without a table of all weights.
+
+# %%
+from nanochat_jax import attention
+
+T, N, H = 6, 2, 4
+q_BTNH, k_BTNH, v_BTNH = jax.random.normal(jax.random.key(0), (3, 1, T, N, H))
+score_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH) / H**0.5
+past_TS = jnp.tril(jnp.ones((T, T), bool))
+weight_BNTS = jax.nn.softmax(jnp.where(past_TS, score_BNTS, -jnp.inf), axis=-1)
+by_hand_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weight_BNTS, v_BTNH)
+print(f"queries {q_BTNH.shape} · keys {k_BTNH.shape} → weights {weight_BNTS.shape}; · values → {by_hand_BTNH.shape}")
+assert jnp.allclose(by_hand_BTNH, attention.attend(q_BTNH, k_BTNH, v_BTNH, window=T), atol=1e-5)
+print(np.asarray(weight_BNTS[0, 0]).round(2))
+
+# %% [markdown]
 # ## Windows
 #
 # Most layers look back a quarter of the sequence only (S), every fourth and the last at all of it (L). That saves time
@@ -126,8 +148,8 @@ figure.tight_layout()
 # %% [markdown]
 # ## A small trained model
 #
-# Tokenizer, data and a short pretraining, as [the next notebook](03_pretraining.ipynb) explains. What is there already
-# is not made again.
+# Tokenizer, data and a short pretraining, as [the next notebook](03_pretraining.ipynb) explains them. What is there
+# already is not made again.
 
 # %%
 from pathlib import Path
@@ -211,8 +233,6 @@ print(f"trained   {nats_T.mean():.3f}")
 
 # %%
 from unittest import mock
-
-from nanochat_jax import attention
 
 seen = []
 

@@ -1,21 +1,23 @@
 # %% [markdown]
 # # 4. Muon and the schedules, seen
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/nanochat-jax/blob/main/notebooks/04_muon.ipynb)
+#
 # Most of the model's parameters are matrices inside the blocks. Muon trains them: it takes the gradient's momentum and
 # makes all its singular values alike, so that every direction of a matrix learns at one pace. Everything else (tables,
 # gates, scalars) is left to AdamW.
 
 # %% cellView="form"
-# On Colab this installs the library, from the repository whose address you give; elsewhere it does nothing.
+# On Colab this installs the library; where it is importable already, it does nothing.
 import importlib.util
 import shutil
 import subprocess
 import sys
 
-REPO = ""  # @param {type: "string"}
+REPO = "https://github.com/OWNER/nanochat-jax"  # @param {type: "string"}
 sys.path.append("..")  # in a clone the library lies beside notebooks/
 if importlib.util.find_spec("nanochat_jax") is None:
-    assert REPO, "write the address of the repository that this notebook came from into REPO, then run the cell again"
+    assert "OWNER" not in REPO, "write the address of the repository that this notebook came from into REPO"
     extra = "cuda12" if shutil.which("nvidia-smi") else "tpu" if importlib.util.find_spec("libtpu") else "cpu"
     packages = [f"nanochat-jax @ git+{REPO}", f"jax[{extra}]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)

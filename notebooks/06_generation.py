@@ -1,20 +1,22 @@
 # %% [markdown]
 # # 6. Generation: the key-value cache and sampling
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/nanochat-jax/blob/main/notebooks/06_generation.ipynb)
+#
 # A model gives probabilities of one next token. To write, it is asked again and again. This notebook is about asking
 # fast, about choosing, and about watching the choice ripen from layer to layer.
 
 # %% cellView="form"
-# On Colab this installs the library, from the repository whose address you give; elsewhere it does nothing.
+# On Colab this installs the library; where it is importable already, it does nothing.
 import importlib.util
 import shutil
 import subprocess
 import sys
 
-REPO = ""  # @param {type: "string"}
+REPO = "https://github.com/OWNER/nanochat-jax"  # @param {type: "string"}
 sys.path.append("..")  # in a clone the library lies beside notebooks/
 if importlib.util.find_spec("nanochat_jax") is None:
-    assert REPO, "write the address of the repository that this notebook came from into REPO, then run the cell again"
+    assert "OWNER" not in REPO, "write the address of the repository that this notebook came from into REPO"
     extra = "cuda12" if shutil.which("nvidia-smi") else "tpu" if importlib.util.find_spec("libtpu") else "cpu"
     packages = [f"nanochat-jax @ git+{REPO}", f"jax[{extra}]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
@@ -33,8 +35,7 @@ VOCAB_SIZE, SEQUENCE_LEN, DEPTH, STEPS, BATCH_TOKENS = (
 # %% [markdown]
 # ## A small trained model
 #
-# Tokenizer, data and a short pretraining, as [the next notebook](03_pretraining.ipynb) explains. What is there already
-# is not made again.
+# The one of [the second notebook](02_transformer.ipynb): what is there already is not made again.
 
 # %%
 from pathlib import Path
@@ -149,17 +150,21 @@ figure.tight_layout()
 # %% [markdown]
 # ## Many at once
 #
-# One token of one text reads all parameters for little arithmetic. Several texts share the reading: this is why a
-# server answers many together. A GPU gains most; two cores of a CPU soon have their hands full.
+# To write one token of one text, all parameters are read from memory, for little arithmetic. Several texts share the
+# reading: this is why a server answers many together. Our model is too small to show it, as it fits the processor's
+# caches; a wider one, untrained, as only its speed matters, shows it.
 
 # %%
+from nanochat_jax.config import ModelConfig
 from nanochat_jax.generate import generate
 from nanochat_jax.sampling import Sampling
 
-rows, rates = (1, 5, 20), []
+wide = ModelConfig(256, cfg.vocab_size, 4, n_head=8, n_kv_head=8, n_embd=512 if SMALL else 1024)
+wide_params = model.init_params(jax.random.key(0), wide, compute)
+rows, rates = (1, 4, 16), []
 for count in rows:
     how = [Sampling(seed=seed) for seed in range(count)]
-    call = partial(generate, params, cfg, [PROMPT] * count, max_new_tokens=32, sampling=how, compute=compute)
+    call = partial(generate, wide_params, wide, [PROMPT] * count, max_new_tokens=16, sampling=how, compute=compute)
     rates.append(sum(map(len, call())) / seconds(call))
 figure, axis = plt.subplots(figsize=(6, 2.8))
 axis.plot(rows, rates, "o-")

@@ -1,19 +1,21 @@
 # %% [markdown]
 # # 8. Your own data, and a chat with it
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/nanochat-jax/blob/main/notebooks/08_your_own_data.ipynb)
+#
 # A model of your own texts that answers as you tell it to, and the app to talk with it, all from this notebook.
 
 # %% cellView="form"
-# On Colab this installs the library, from the repository whose address you give; elsewhere it does nothing.
+# On Colab this installs the library; where it is importable already, it does nothing.
 import importlib.util
 import shutil
 import subprocess
 import sys
 
-REPO = ""  # @param {type: "string"}
+REPO = "https://github.com/OWNER/nanochat-jax"  # @param {type: "string"}
 sys.path.append("..")  # in a clone the library lies beside notebooks/
 if importlib.util.find_spec("nanochat_jax") is None:
-    assert REPO, "write the address of the repository that this notebook came from into REPO, then run the cell again"
+    assert "OWNER" not in REPO, "write the address of the repository that this notebook came from into REPO"
     extra = "cuda12" if shutil.which("nvidia-smi") else "tpu" if importlib.util.find_spec("libtpu") else "cpu"
     packages = [f"nanochat-jax @ git+{REPO}", f"jax[{extra}]"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)

@@ -39,7 +39,11 @@ from train.launch import free_port
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*")]
-OTHERS = set("source cd pip tensorboard curl docker hf xpk ruff jupytext jupyter".split())  # noqa: SIM905
+OTHERS = set("source cd pip tensorboard curl docker hf xpk sed ruff jupytext jupyter".split())  # noqa: SIM905
+OTHERS_FLAGS = {
+    "--build-arg", "--gpus", "--gpus-per-task", "--logdir", "--privileged", "--repo-type", "--rm", "--torch-python",
+    "--update", "--xla_force_host_platform_device_count",
+}  # fmt: skip
 MODULE = re.compile(r"(train|serve|tests)\.[a-z_]+")
 
 SMALL = {  # appended to what is written; later flags win
@@ -73,6 +77,7 @@ QUICK = ("serve.check_safety", "serve.deploy", "train.chat_show", "train.report"
 NOT_HERE = {  # by what a command begins with
     "source|cd": "the shell's own",
     r"bash (train/setup|train/demo|tests/run).sh|bash train/speedrun.sh$": "tests/run.sh and .ci/run do",
+    "sed": "tests/test_notebooks.py does",
     r"python -m (ruff|mypy|mkdocs|pytest)|.venv/bin/(ruff|jupytext|python -m pytest)": "tests/run.sh does",
     r"python -m train.speedrun --summary": "tests/rehearsal.py does, at the end of train/speedrun.sh",
     r"python -m serve.(app|api|loadtest)|curl": "the tests of servers below do",
@@ -149,8 +154,9 @@ def how(page: str, command: str) -> str:
             return reason
     if words[0] == "bash" or words[1:2] == ["-c"]:
         return "slow" if "--plan" in words else "quick"
-    assert module_of(words) in SMALL, f"say in SMALL or NOT_HERE what to do with: {command}"
-    quick = module_of(words) in QUICK and page.startswith("docs/") or words in own_data()
+    if module_of(words) not in SMALL:
+        return "unknown"
+    quick = (module_of(words) in QUICK and page.startswith("docs/")) or words in own_data()
     return "quick" if quick else "slow"
 
 
@@ -205,6 +211,7 @@ def check(words: list[str]) -> None:
     ("page", "command"), [pytest.param(*pair, id=f"{how(*pair)[:30]}: {pair[0]}: {pair[1][:60]}") for pair in written()]
 )
 def test_command_means_something(page: str, command: str) -> None:
+    assert how(page, command) != "unknown", "say in SMALL or NOT_HERE how it is run, or why it is not"
     try:
         check(shlex.split(command))
     except SystemExit:
@@ -347,6 +354,56 @@ def test_servers_start_and_stand_their_load_as_written(world: Path, subtests) ->
                 with subtests.test(command=command):
                     config = config_of("serve.loadtest", [*shlex.split(command)[3:], *small.split()])
                     importlib.import_module("serve.loadtest").main(config)
+
+
+def flags(hint: typing.Any, prefix: str = "") -> Iterator[str]:
+    """Of a config, and of what it holds."""
+    if isinstance(hint, type) and hint.__module__.partition(".")[0] in ("nanochat_jax", "serve", "train"):
+        for name, inner in typing.get_type_hints(hint, include_extras=True).items():
+            name = prefix + name.replace("_", "-")
+            yield from (f"--{name}", "--" + re.sub(r"([\w-]+)$", r"no-\1", name), *flags(inner, f"{name}."))
+    for part in typing.get_args(hint):
+        yield from flags(part, prefix)
+
+
+def unknown_names(text: str, known: set[str]) -> set[str]:
+    """Flags, modules and files that a text names, and that do not exist."""
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text))
+    modules = {match[0] for match in re.finditer(rf"(?<![\w./-]){MODULE.pattern}\b(?![/*(])", text)}
+    files = set(re.findall(r"`([\w/.-]+\.(?:py|sh|toml))`", text))
+    return (
+        {flag for flag in named if flag not in known}
+        | {name for name in modules if not importlib.util.find_spec(name)}
+        | {file for file in files if not any(ROOT.glob(f"**/{file}"))}
+    )
+
+
+def test_what_sentences_name_exists() -> None:
+    known = set()
+    for file in [*(ROOT / "train").glob("*.py"), *(ROOT / "serve").glob("*.py")]:
+        main = getattr(importlib.import_module(f"{file.parent.name}.{file.stem}"), "main", None)
+        for hint in typing.get_type_hints(main, include_extras=True).values() if main else ():
+            known |= set(flags(hint))
+    for file in ROOT.glob("*/*.sh"):
+        known |= set(re.findall(r"--[a-z][\w-]*", file.read_text()))
+    assert not unknown_names("`--run.out`, `--backend.no-safety`, train.pretrain in `model.py`", known)
+    wrong = {"--run.oot", "train.pretrian", "modle.py"}
+    assert unknown_names("`--run.oot`, train.pretrian in `modle.py`", known) == wrong
+    for page in PAGES:
+        if page.suffix in (".md", ".py") and page.name != "log.md":  # which tells of what is no more
+            text = re.sub(r"(?ms)^xpk.*?[^\\]$", "", text_of(page))
+            assert unknown_names(text, known | OTHERS_FLAGS) == set(), page
+
+
+def test_the_map_of_files_is_exact() -> None:
+    (shown,) = re.findall(r"(?ms)^```\n(nanochat_jax/ .*?)^```", (ROOT / "README.md").read_text())
+    for folder, text in re.findall(r"(?ms)^(\w+)/(.*?)(?=^\w|\Z)", shown):
+        there = {path.name for path in (ROOT / folder).iterdir() if path.is_file() and path.name != "__init__.py"}
+        named = set(re.findall(r"\b\w+\.(?:py|sh|yaml)\b|\bDockerfile\b", text))
+        assert folder in ("notebooks", "tests", "docs") or named == {name for name in there if ".toml" not in name}
+        assert all((ROOT / folder / name).is_dir() for name in re.findall(r"(?m)^  (\w+)/", text))
+    folders = {path.parent.name for path in ROOT.glob("*/*") if path.suffix in (".py", ".ipynb")} - {".ci"}
+    assert folders | {"docs"} == set(re.findall(r"(?m)^(\w+)/", shown))
 
 
 def test_table_of_depths() -> None:

@@ -1,6 +1,9 @@
 """The notebooks: stored without outputs, like their text twins, and each runs from top to bottom."""
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -27,6 +30,19 @@ def test_is_stored_without_outputs_and_says_what_its_source_says(path):
     assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
     cells = [[(cell.cell_type, cell.source) for cell in one.cells] for one in (notebook, source)]
     assert cells[0] == cells[1], f"run: jupytext --to ipynb --update notebooks/{path.stem}.py"
+
+
+def test_badges_open_their_notebooks_once_the_owner_is_known(tmp_path):
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns("runs"))
+    (command,) = re.findall(r"(?m)^sed .*$", (ROOT / "notebooks/README.md").read_text())
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    table = (tmp_path / "notebooks/README.md").read_text()
+    for path in NOTEBOOKS:
+        badge = f"https://colab.research.google.com/github/YOU/YOURS/blob/main/notebooks/{path.name}"
+        source = (tmp_path / f"notebooks/{path.stem}.py").read_text()
+        first, install, *_ = nbformat.read(tmp_path / "notebooks" / path.name, as_version=4).cells
+        assert badge in first.source and badge in table and badge in source
+        assert 'REPO = "https://github.com/YOU/YOURS"' in install.source
 
 
 @pytest.fixture(scope="module")
