@@ -14,6 +14,8 @@ from nanochat_jax.config import Architecture
 
 
 class KVCache(NamedTuple):
+    """What attention has computed of each row's earlier tokens."""
+
     keys: tuple[jax.Array, ...]  # per layer (B, K, S, H), as products with one query need them, in the compute dtype
     values: tuple[jax.Array, ...]
     lengths_B: jax.Array  # int32, tokens seen by each row
@@ -27,7 +29,7 @@ class EmptyCache(KVCache):
 
 
 def init_cache(cfg: Architecture, batch: int, dtype: str, max_len: int | None = None) -> KVCache:
-    """An empty cache for rows of up to max_len tokens (default: the model's sequence_len)."""
+    """An empty cache for rows of up to max_len tokens (default: the model's sequence_len), of dtype `dtype`."""
     slots = [min(max_len or cfg.sequence_len, spec.window + 1) for spec in cfg.layer_specs()]
     shapes = [(batch, cfg.n_kv_head, S, cfg.head_dim) for S in slots]
     return KVCache(

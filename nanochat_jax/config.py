@@ -34,7 +34,13 @@ class LayerSpec:
 
 
 class Architecture(Protocol):
-    """What every architecture's config tells the rest of the program."""
+    """What every architecture's config tells the rest of the program.
+
+    Attributes:
+        sequence_len: tokens of the longest context.
+        vocab_size: logits of a token; tables are padded_vocab_size long.
+        n_embd: channels D of the residual stream; n_head query heads (N) and n_kv_head key heads (K) of head_dim (H).
+    """
 
     @property
     def sequence_len(self) -> int: ...
@@ -52,9 +58,17 @@ class Architecture(Protocol):
     def n_kv_head(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
-    def layer_specs(self) -> tuple[LayerSpec, ...]: ...
-    def param_counts(self) -> dict[str, int]: ...
-    def flops_per_token(self) -> int: ...
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """What differs from layer to layer, n_layer long."""
+        ...
+
+    def param_counts(self) -> dict[str, int]:
+        """Parameters by group; "total" is their sum."""
+        ...
+
+    def flops_per_token(self) -> int:
+        """FLOPs of a training token, forward and backward."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,7 @@ def from_depth(
     head_dim: int = 128,
     window_pattern: str = "SSSL",
 ) -> ModelConfig:
-    """The model of a given depth: 64 channels a layer, rounded up to whole heads."""
+    """The model of a given depth: 64 channels a layer, rounded up to whole heads; UserError if none has that depth."""
     if depth < 1:
         raise UserError(f"model: depth={depth} must be at least 1")
     n_head = math.ceil(64 * depth / head_dim)
@@ -253,7 +267,7 @@ def to_json(config: Any) -> Any:
 
 
 def from_json[T](cls: type[T], values: Any, where: str = "config") -> T:
-    """Build a dataclass from what to_json gave; an unknown or missing key is an error that names it."""
+    """Build a dataclass from what to_json gave; an unknown or missing key is a UserError that names it."""
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
     if unknown := set(values) - set(fields):

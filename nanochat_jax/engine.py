@@ -138,7 +138,7 @@ class Engine:
         self._banks = [self._new_bank() for _ in range(self.config.slots // self._bank)]
 
     def set_params(self, params: model.Params) -> None:
-        """Go on with other parameters of the same shapes, while no request runs; nothing is compiled."""
+        """Go on with other parameters of the same shapes; UserError while requests run. Nothing is compiled."""
         if self._running:
             raise UserError(f"engine: {len(self._running)} requests run on the old parameters; finish or cancel them")
         new, old = in_dtype(params, self._compute.dtype), self._params
@@ -192,7 +192,7 @@ class Engine:
         return [self._advance(slot, sampled[slot // self._bank], slot % self._bank) for slot in list(self._running)]
 
     def run(self, requests: Sequence[Request]) -> list[Output]:
-        """Answer requests, in their order; nothing else may be waiting or running."""
+        """Answer requests, in their order; nothing else may be waiting or running (else UserError)."""
         if self._waiting or self._running:
             raise UserError("engine: run is for an idle engine, and this one has requests; use step")
         outputs: dict[int, Output] = {}

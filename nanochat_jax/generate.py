@@ -31,7 +31,10 @@ def next_logits(
     counts_B: jax.Array,
     compute: Compute,
 ) -> tuple[jax.Array, KVCache]:
-    """Feed counts_B tokens of each row and return the logits that follow the last of them, (B, V)."""
+    """Feed counts_B tokens of each row and return the logits behind the last, (B, V) float32, and the cache.
+
+    Of tokens_BT, int32, what stands behind the first counts_B is padding, and leaves no trace.
+    """
     x_BTD, cache_out = model.trunk(params, cfg, tokens_BT, cache=cache, counts_B=counts_B, compute=compute)
     last_B1D = jnp.take_along_axis(x_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)
     assert cache_out is not None
@@ -81,11 +84,13 @@ class Sampled(NamedTuple):
 
 
 def empty_rows(batch: int, cfg: Architecture, compute: Compute, context_len: int) -> Rows:
+    """Rows of a cache that holds nothing, for contexts of up to context_len tokens."""
     cache = init_cache(cfg, batch, compute.dtype, context_len)
     return Rows(cache, jnp.zeros((batch, cfg.vocab_size)), jnp.zeros((batch, cfg.vocab_size), bool))
 
 
 def empty_slots(batch: int, cfg: Architecture, compute: Compute, context_len: int) -> Slots:
+    """Slots that nobody uses, to insert rows into."""
     rows = empty_rows(batch, cfg, compute, context_len)
     how = jax.tree.map(jnp.asarray, SamplingArrays.of([Sampling()] * batch))
     return Slots(rows, jnp.zeros_like(rows.seen_BV), how)
@@ -108,7 +113,7 @@ def prefill(
     cfg: Architecture,
     compute: Compute,
 ) -> Rows:
-    """Append counts_B given tokens to each row."""
+    """Append the first counts_B of tokens_BT (int32, then padding) to each row; logits are those after the last."""
     logits_BV, cache = next_logits(params, cfg, tokens_BT, rows.cache, counts_B, compute)
     return Rows(cache, logits_BV, mark_seen(rows.seen_BV, tokens_BT, counts_B))
 
@@ -272,7 +277,7 @@ def generate(
 def continue_texts(
     params: model.Params, cfg: Architecture, tok: Tokenizer, prompts: Sequence[str], **options: Any
 ) -> list[str]:
-    """What a language model writes after each prompt, as text; options are generate's."""
+    """What a language model writes after each prompt, as text; options and errors are generate's."""
     rows = [[tok.bos, *tok.encode(prompt)] for prompt in prompts]
     return [tok.decode(row) for row in generate(params, cfg, rows, stop_tokens=tuple(tok.control.values()), **options)]
 

@@ -43,6 +43,8 @@ def _linspace(start: float, stop: float) -> nn.initializers.Initializer:
 
 
 class Attention(nn.Module):
+    """Queries, keys and values, mixed by `mix`, and the projection behind them: (B, T, D) → (B, T, D)."""
+
     cfg: ModelConfig
     spec: LayerSpec
     compute: Compute
@@ -74,6 +76,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two products around a squared ReLU: (B, T, D) → (B, T, D)."""
+
     cfg: ModelConfig
     compute: Compute
 
@@ -87,6 +91,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer: attention and MLP, each added to what its norm has read."""
+
     cfg: ModelConfig
     spec: LayerSpec
     compute: Compute
@@ -99,6 +105,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Declares the parameters and runs the layers; outside of this file only as trunk and init_params."""
+
     cfg: ModelConfig
     compute: Compute
 

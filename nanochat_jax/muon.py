@@ -31,6 +31,8 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 class MuonState(NamedTuple):
+    """What Muon carries from update to update, in float32."""
+
     updates: jax.Array  # int32, how many were made
     momentum: Any  # like the parameters
     second_moment: Any  # of each parameter, one number per output (wide kernels) or per input

@@ -87,6 +87,7 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

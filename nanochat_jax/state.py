@@ -20,12 +20,16 @@ LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Arr
 
 
 class TrainState(NamedTuple):
+    """All that a step changes."""
+
     step: jax.Array  # int32, batches consumed
     params: Params
     opt_state: Any
 
 
 class StepMetrics(NamedTuple):
+    """What a step tells of itself: float32 scalars but for `applied`, on the devices until they are read."""
+
     loss: jax.Array  # mean over the step's counted targets
     grad_norm: jax.Array
     update_norm: jax.Array  # of what is added to the parameters

@@ -83,6 +83,7 @@ class Tokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
+        """Tokens there are, control tokens included."""
         return len(self.pieces)
 
     @property
@@ -101,6 +102,7 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """What the ids stand for, which need not be whole UTF-8; control tokens stand for nothing."""
         return b"".join(self.pieces[i] for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
