@@ -34,3 +34,8 @@ def test_a_cpu_keeps_what_a_step_frees_for_the_next():
         return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
     assert page_faults("keep") < 1000 < page_faults("give back")
+
+
+def test_a_command_line_that_lacks_something_says_how_to_get_help():
+    done = subprocess.run([sys.executable, "-m", "train.sample"], capture_output=True, text=True)
+    assert done.returncode == 2 and "python -m train.sample --help" in done.stderr
