@@ -50,27 +50,30 @@ SMALL = {  # appended to what is written; later flags win
     "serve.check_safety": "",
     "serve.cli": "--prompt Hi --max-new-tokens 4",
     "serve.deploy": "",
-    "train.bench core": "--bundle bundle --examples 2 --alone 2 --rows 1 --model.depth 1 --sequence-len 128",
+    "train.bench core": "--bundle bundle --examples 4 --alone 2 --rows 1 --model.depth 1 --sequence-len 128",
     "train.bench decode": "--model.depth 1 --batches 1 2 --prompt 8 --new-tokens 4 --sequence-len 64 --vocab-size 512"
     " --device.calls 1 --device.repeats 1",
     "train.bench train": "--model.depth 1 --batch 8 --sequence-len 32 --vocab-size 512 --device.calls 1"
     " --device.repeats 1",
-    "train.bench_loop": "--run runs/my/base --device.calls 1 --device.repeats 1",
+    "train.bench scaling": "--model.depth 1 --batch 1 --sequence-len 32 --vocab-size 512 --devices 1 2"
+    " --accumulate 1 --device.calls 1 --device.repeats 1",
+    "train.bench deepest": "--sequence-len 32 --vocab-size 512 --model.head-dim 64 --memory-gib 0.01"
+    " --device.calls 1 --device.repeats 1",
     "train.chat_show": "--n 1",
     "train.dpo": "--steps 1 --batch-pairs 8",
-    "train.evaluate": "--examples 2 --max-new-tokens 8 --slots 8 --bundle bundle",
+    "train.evaluate": "--examples 4 --max-new-tokens 8 --slots 8 --bundle bundle",
     "train.pairs": "--examples 30 --max-new-tokens 96",
     "train.preflight": "--model.depth 2 --model.head-dim 64 --sequence-len 256 --vocab-size 512 --ratio 50"
     " --batch-tokens 32768 --decode-rows 0 --optimization-level 19 --mesh.fsdp 1 --micro-batch 1 --layers",
-    "train.prepare": "--sequence-len 128 --workers 1",
-    "train.pretrain": "--model.depth 1 --steps 2 --batch-tokens 1024 --optim.warmup-steps 1 --prompts a",
+    "train.prepare": "--sequence-len 256 --workers 1",
+    "train.pretrain": "--steps 2 --batch-tokens 2048 --prompts a",
     "train.report": "",
     "train.rl": "--steps 1 --prompts-per-step 2 --samples 4 --max-new-tokens 8 --slots 8 --eval-samples 0"
     " --eval-examples 2",
     "train.sample": "--max-new-tokens 4",
     "train.sft": "--steps 2 --prompts a",
     "train.speedrun": "",
-    "train.sweep": "--depths 1 --ratios 0.01 --batch-tokens 1024 --optim.warmup-steps 1",
+    "train.sweep": "--depths 1 --ratios 0.5 --batch-tokens 2048 --optim.warmup-steps 1",
     "train.tokenizer": "--vocab-size 512",
 }
 QUICK = ("serve.check_safety", "serve.deploy", "train.chat_show", "train.report", "train.sample", "train.speedrun")
@@ -86,6 +89,7 @@ NOT_HERE = {  # by what a command begins with
     r"docker|.venv/bin/hf": "takes Docker, or an account on the hub; tests/test_deploy.py reads what is built",
     r"python -m .*gs://BUCKET": "takes a bucket; tests/test_corpus.py and test_files.py have a stand-in",
     r"xpk|bash train/tpu_pod.sh (?!.*--dry-run)": "takes Google Cloud; tests/test_tpu_pod.py has a stand-in",
+    r"python -m train.bench_loop": "takes a run of some length; tests/test_bench_loop.py does",
     r"python -m tests.compare_torch": "takes PyTorch: pytest -m torch",
     r"python -m train.convert": "takes published weights, or PyTorch; tests/test_gpt2.py and test_interop.py do",
     r"python -m train.pretrain --preset gpt2": "takes GPT-2's weights; tests/test_gpt2.py does",
@@ -240,6 +244,8 @@ def run(words: list[str]) -> None:
         return
     module, at = module_of(words), words.index("-m") + 1
     arguments = words[at + 1 :] + shlex.split(SMALL[module])
+    if module == "train.pretrain" and "--preset" not in words:
+        arguments += ["--model.depth", "1", "--optim.warmup-steps", "1"]
     if module == "train.sft" and "--mix" not in words:
         arguments += ["--mix", "task:identity#40,task:arithmetic#40"]
     name = module.split()[0]
@@ -271,6 +277,9 @@ def world(tmp_path_factory) -> Iterator[Path]:
     (folder / "tests").symlink_to(ROOT / "tests")
     rehearsal.make_bundle(folder / "bundle")
     rehearsal.make_hub(folder / "hub")
+    for number in range(30):
+        shard = folder / f"hub/karpathy/climbmix-400b-shuffle/shard_{number:05}.parquet"
+        rehearsal.write(shard, [{"text": line * 5} for line in lines])
     with contextlib.chdir(folder):
         for words in own_data():
             run(words)
