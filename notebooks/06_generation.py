@@ -152,7 +152,7 @@ figure.tight_layout()
 #
 # To write one token of one text, all parameters are read from memory, for little arithmetic. Several texts share the
 # reading: this is why a server answers many together. Our model is too small to show it, as it fits the processor's
-# caches; a wider one, untrained, as only its speed matters, shows it.
+# caches; a wider one, untrained, as only its speed matters, shows it. A GPU gains far more than a few cores.
 
 # %%
 from nanochat_jax.config import ModelConfig
