@@ -279,7 +279,7 @@ def world(tmp_path_factory) -> Iterator[Path]:
     rehearsal.make_hub(folder / "hub")
     for number in range(30):
         shard = folder / f"hub/karpathy/climbmix-400b-shuffle/shard_{number:05}.parquet"
-        rehearsal.write(shard, [{"text": line * 5} for line in lines])
+        rehearsal.write(shard, [{"text": f"{number} {line}" * 5} for line in lines])
     with contextlib.chdir(folder):
         for words in own_data():
             run(words)
