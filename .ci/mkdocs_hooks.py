@@ -22,6 +22,8 @@ FIRST = [
     "gpus.md",
     "multihost.md",
     "tpu.md",
+    "reliability.md",
+    "changing.md",
 ]
 LAST = ["troubleshooting.md", "glossary.md", "design.md", "log.md", "api.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")  # of a text or a picture, without its anchor

@@ -140,7 +140,7 @@ def world(tmp_path_factory) -> Iterator[Path]:
         (mine / "pairs.jsonl").write_text("".join(json.dumps(pair | {"chosen": f"{i}"}) + "\n" for i in range(40)))
         for name in ("dpo", "rl"):
             shutil.copytree(mine / "sft", mine / name)
-        for name in ("demo", "other", "quick", "d12", "d24", "mine", "web", "code", "big", "small", "char"):
+        for name in ("demo", "other", "quick", "idea", "d12", "d24", "mine", "web", "code", "big", "small", "char"):
             shutil.copytree(mine, f"runs/{name}")
         shutil.copytree(mine / "base", "runs/gpt2")
         shutil.copy(mine / "tokenizer/tokenizer.model", "runs/gpt2")

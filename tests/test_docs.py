@@ -69,6 +69,17 @@ def test_defaults_of_the_server_are_as_stated() -> None:
         assert getattr(getattr(config, group), field) == int(number) * (2**20 if unit else 1), name
 
 
+def test_the_task_that_is_shown_works() -> None:
+    (shown,) = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "docs/changing.md").read_text())
+    names: dict[str, typing.Any] = {}
+    exec(compile(shown, "docs/changing.md", "exec"), names)
+    task = names["task"]("")
+    prompts = [{one.prompt["messages"][0]["content"] for one in task.examples(split)} for split in ("train", "test")]
+    assert not prompts[0] & prompts[1] and len(prompts[1]) > 100
+    one = task.examples("test")[0]
+    assert task.judge(one, str(one.conversation["messages"][-1]["content"])) and not task.judge(one, "no")
+
+
 def test_the_map_of_files_is_exact() -> None:
     (shown,) = re.findall(r"(?ms)^```\n(nanochat_jax/ .*?)^```", (ROOT / "README.md").read_text())
     for folder, text in re.findall(r"(?ms)^(\w+)/(.*?)(?=^\w|\Z)", shown):
