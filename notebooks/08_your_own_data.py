@@ -137,8 +137,7 @@ ON_COLAB = importlib.util.find_spec("google.colab") is not None if importlib.uti
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-app.CONTENT_POLICY = app.CONTENT_POLICY.replace(app.FRAMES, "*")
-config = app.Config(backend=BackendConfig(checkpoint=MINE / "sft"), port=port, share=ON_COLAB)
+config = app.Config(BackendConfig(checkpoint=MINE / "sft"), port=port, share=ON_COLAB, frame_ancestors=("*",))
 backend = Backend(config.backend)
 page = app.launch(config, backend)  # Gradio shows it here
 

@@ -9,9 +9,11 @@ answer as those of serve.api do; with --auth, /v1/… needs an --api-key.
 """
 
 import os
+import re
 import secrets
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,8 @@ from train import cli
 TITLE = "nanochat"
 EXAMPLES = ("Who are you?", "Spell the word garden.", "What is 12 times 7?", "How many r are in strawberry?")
 IN_SPACE = "SPACE_ID" in os.environ  # of Hugging Face, who show the page in a frame of theirs, by way of a proxy
-FRAMES = "'self' https://huggingface.co" if IN_SPACE else "'self'"
 # The browser fetches nothing from elsewhere, whatever a model writes; Gradio itself needs inline code.
-CONTENT_POLICY = f"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors {FRAMES}"
+CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors"
 API_PATHS = ("/v1/", "/healthz", "/metrics", "/openapi.json")
 EVENTS_AT_ONCE = 256  # of all visitors; how many answers there are at once is up to the backend
 
@@ -56,15 +57,23 @@ class Config:
     """Key that clients of the API must know; default: the environment variable NANOCHAT_API_KEY, or none."""
     share: bool = False
     """Have Gradio's servers make a public link."""
+    frame_ancestors: tuple[str, ...] = ("https://huggingface.co",) if IN_SPACE else ()
+    """Other sites that may show the page in a frame, as in https://example.org; * for all."""
     feedback: Path | None = None
     """File that preference pairs are appended to; default: nothing is kept."""
+
+    def __post_init__(self) -> None:
+        for site in self.frame_ancestors:
+            if not re.fullmatch(r"\*|https?://[\w.*:\[\]-]+", site, re.ASCII):
+                raise UserError(f"--frame-ancestors {site} must be * or a site, as in https://example.org")
 
 
 class _BesideApi:
     """ASGI middleware that leaves the API's paths to it, and adds the content policy to the page's responses."""
 
-    def __init__(self, page: ASGIApp, api: ASGIApp) -> None:
+    def __init__(self, page: ASGIApp, api: ASGIApp, frame_ancestors: Sequence[str]) -> None:
         self._page, self._api = page, api
+        self._policy = " ".join((CONTENT_POLICY, "'self'", *frame_ancestors))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith(API_PATHS):
@@ -72,7 +81,7 @@ class _BesideApi:
 
         async def with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Content-Security-Policy"] = CONTENT_POLICY
+                MutableHeaders(scope=message)["Content-Security-Policy"] = self._policy
             await send(message)
 
         await self._page(scope, receive, with_policy)
@@ -153,14 +162,14 @@ def build(handlers: Handlers) -> gr.Blocks:
             begun = trigger(begin, inputs, asked, **quiet)
             running.append(begun.success(handlers.respond, [chat, *settings], answered, **quiet))
             ended = running[-1].then(handlers.idle, None, box, queue=False, **quiet)
-            ended.then(None, chat, chat, js=view.SAVE).then(**listing, queue=False, **quiet)
+            ended.then(None, js=view.FOCUS).then(**listing, queue=False, **quiet)
         stopped = box.stop(handlers.idle, None, box, cancels=running, queue=False, **quiet)
-        stopped.then(None, chat, chat, js=view.SAVE).then(**listing, queue=False, **quiet)
-        undone = chatbot.undo(handlers.undo, chat, asked, **quiet)
-        undone.then(None, chat, chat, js=view.SAVE)
+        stopped.then(None, js=view.FOCUS).then(**listing, queue=False, **quiet)
+        chatbot.undo(handlers.undo, chat, asked, **quiet)
+        chatbot.change(None, chat, js=view.SAVE)
         if handlers.feedback:
             chatbot.like(handlers.like, [chat, ratings], ratings, **quiet)
-        opened = [chat, chatbot, stats]
+        opened = [chat, chatbot, stats, box]
         gr.on(
             [new.click, chatbot.clear], handlers.new, None, opened, js=view.LEAVE, cancels=running, queue=False, **quiet
         )
@@ -210,7 +219,11 @@ def launch(config: Config, backend: Backend) -> gr.Blocks:
             quiet=True,
             app_kwargs={
                 "middleware": [
-                    Middleware(_BesideApi, api=api.create_app(backend, clients, key)),
+                    Middleware(
+                        _BesideApi,
+                        api=api.create_app(backend, clients, key),
+                        frame_ancestors=config.frame_ancestors,
+                    ),
                     Middleware(BodyLimit, limits=config.limits),
                 ]
             },

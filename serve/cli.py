@@ -10,6 +10,7 @@ ends, /help lists commands. Answers go to stdout, everything else to stderr; not
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -244,4 +245,5 @@ def main(config: Config) -> Chat:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may leave early, as head does
+    logging.getLogger("nanochat_jax.safety").setLevel(logging.ERROR)  # what it finds is for a server's operator
     cli.run(main, Config)

@@ -161,14 +161,16 @@ class Handlers:
         return gr.Textbox(interactive=True, submit_btn=True, stop_btn=False)
 
     def new(self, *_: Any) -> tuple[Any, ...]:
-        return new_chat(), [], ""
+        return new_chat(), [], "", self.idle()
 
     def open(self, _: Any, chat: Chat | None) -> tuple[Any, ...]:
-        """A conversation that the browser kept."""
+        """A conversation that the browser kept; a message that got no word of an answer can be sent again."""
         with telling():
             if chat is None:
-                return gr.skip(), gr.skip(), gr.skip()
-            return chat, view.shown(messages_of(chat)), ""
+                return (gr.skip(),) * 4
+            messages = messages_of(chat)
+            unanswered = bool(messages) and messages[-1]["role"] == "user"
+            return chat, view.shown(messages), "", said(messages[-1]) if unanswered else gr.skip()
 
     def listing(self, found: list[tuple[str, str]] | None) -> Any:
         """The conversations that the browser keeps, by their first words."""

@@ -30,21 +30,23 @@ footer { display: none !important; }
 }
 """
 
-# A window remembers which conversation is its own, so that a reload shows it again. Of a full storage the oldest go.
+# Whatever is shown is kept at once, so that a reload loses nothing of it; a window remembers which conversation is its
+# own. Of a full storage the oldest go.
 SAVE = """(chat) => {
-  document.querySelector("#box textarea")?.focus();
-  if (!chat?.messages?.length) return [chat];
-  const saved = (key) => { try { return JSON.parse(localStorage.getItem(key)).saved; } catch { return 0; } };
-  const kept = Object.keys(localStorage).filter((key) => key.startsWith("nanochat:"))
-    .sort((a, b) => saved(a) - saved(b));
-  const entry = JSON.stringify({ saved: Date.now(), messages: chat.messages });
-  for (let stored = false; !stored; ) {
-    try { localStorage.setItem("nanochat:" + chat.id, entry); stored = true; }
-    catch (error) { if (!kept.length) throw error; localStorage.removeItem(kept.shift()); }
-  }
+  const key = "nanochat:" + chat?.id;
+  if (!chat?.messages?.length) return void localStorage.removeItem(key);
   sessionStorage.setItem("nanochat", chat.id);
-  return [chat];
+  const saved = (key) => { try { return JSON.parse(localStorage.getItem(key)).saved; } catch { return 0; } };
+  const entry = JSON.stringify({ saved: Date.now(), messages: chat.messages });
+  for (let kept; ; localStorage.removeItem(kept.shift()))
+    try { return void localStorage.setItem(key, entry); }
+    catch (error) {
+      kept ??= Object.keys(localStorage).filter((other) => other.startsWith("nanochat:") && other != key)
+        .sort((a, b) => saved(a) - saved(b));
+      if (!kept.length) throw error;
+    }
 }"""
+FOCUS = '() => void document.querySelector("#box textarea")?.focus()'
 LIST = """() => {
   const read = (key) => { try { return JSON.parse(localStorage.getItem(key)); } catch { return null; } };
   return [Object.keys(localStorage).filter((key) => key.startsWith("nanochat:"))

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 from playwright import sync_api
+from test_backend import held, until
 from test_cli_chat import CALL, runs  # noqa: F401
 
 from nanochat_jax.data.preference import open_pairs
@@ -143,13 +144,6 @@ def slow(monkeypatch):
     monkeypatch.setattr(Engine, "step", lambda self: (time.sleep(0.2), step(self))[1])
 
 
-def until(condition, seconds: float = 100) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_a_conversation_with_a_tool_is_shown_timed_and_kept_over_a_reload(visitor):
     one = visitor()
     one.send(HOSTILE)
@@ -216,6 +210,60 @@ def test_stop_keeps_what_was_said_and_frees_the_slot(visitor, server, slow):
     one.wait("yk")
     one.done()
     assert one.said("bot")[0] == partial and one.said("user") == ["hello", "and now"]
+
+
+def test_a_reload_in_mid_answer_keeps_what_was_said_and_frees_the_slot(visitor, server, slow):
+    one = visitor()
+    one.choose("demo/sft")
+    one.send("hello")
+    one.wait("ababab")
+    one.visit()
+    one.wait("ababab")
+    [partial] = one.said("bot")
+    assert one.said("user") == ["hello"] and len(partial) < 200
+    until(lambda: server[1].service("demo/sft").stats()["running"] == 0)
+    one.visit()
+    one.wait("ababab")
+    assert one.said("bot") == [partial]
+    one.choose("demo/rl")
+    one.send("and now")
+    one.wait("yk")
+    one.done()
+    assert one.said("bot")[0] == partial and one.said("user") == ["hello", "and now"]
+
+
+def test_a_reload_before_the_first_word_keeps_the_message(visitor, server):
+    one = visitor()
+    with held(server[1].service("demo/rl")):
+        one.send("hello")
+        one.wait("hello")
+        one.page.wait_for_function("Object.values(localStorage).some(kept => kept.includes('hello'))")
+        one.visit()
+        one.wait("hello")
+    one.page.wait_for_function("document.querySelector('#box textarea').value == 'hello'")
+    one.page.locator("#box textarea").press("Enter")
+    one.wait("yk")
+    one.done()
+    assert one.said("user") == ["hello"]
+
+
+def test_a_new_conversation_leaves_an_answer_behind(visitor, server, slow):
+    one = visitor()
+    one.choose("demo/sft")
+    one.send("first")
+    one.wait("abab")
+    one.page.locator(".sidebar .toggle-button").click()
+    one.page.get_by_role("button", name="New conversation").click()
+    one.page.locator("#chat").get_by_text("abab").wait_for(state="detached")
+    until(lambda: server[1].service("demo/sft").stats()["running"] == 0)
+    one.choose("demo/rl")
+    one.send("second")
+    one.wait("yk")
+    one.done()
+    assert one.said("user") == ["second"]
+    one.page.locator("#history").get_by_text("first").click()
+    one.wait("abab")
+    assert one.said("user") == ["first"]
 
 
 def test_a_visitor_who_leaves_frees_the_slot(visitor, server, slow):
@@ -383,15 +431,20 @@ def test_a_visitor_who_asks_too_often_is_told(runs, browser):  # noqa: F811
 
 
 def test_nothing_is_shared_and_a_password_is_asked_for_where_there_is_one(tmp_path):
-    assert (app.Config().share, app.Config().host, app.Config().feedback) == (False, "127.0.0.1", None)
-    with serving(tmp_path, auth="ann:secret") as (address, _):
+    config = app.Config()
+    assert (config.share, config.host, config.feedback, config.frame_ancestors) == (False, "127.0.0.1", None, ())
+    with serving(tmp_path, auth="ann:secret", frame_ancestors=("https://example.org", "*")) as (address, _):
         page = httpx.get(address)
         assert "auth_required" in page.text and "demo.sh" not in page.text
         assert httpx.get(f"{address}/config").status_code == httpx.get(f"{address}/v1/models").status_code == 401
-        assert "default-src 'self'" in page.headers["content-security-policy"]
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'self'" in policy and policy.endswith("frame-ancestors 'self' https://example.org *")
         taken = app.Config(BackendConfig(runs=tmp_path), port=int(address.rsplit(":", 1)[1]))
         with pytest.raises(UserError, match="--port"):
             app.launch(taken, Backend(taken.backend))
+    for site in ("example.org", "https://example.org; default-src *", "'none'", "https://a\n"):
+        with pytest.raises(UserError, match="--frame-ancestors"):
+            app.Config(frame_ancestors=(site,))
     for auth in ("ann", ":x", "ann:"):
         with pytest.raises(UserError, match="NAME:PASSWORD"):
             app.launch(app.Config(BackendConfig(runs=tmp_path), auth=auth), Backend(BackendConfig()))
