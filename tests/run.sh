@@ -24,7 +24,7 @@ bash train/setup.sh --dev || exit
 bash train/setup.sh --preflight || echo "without libtpu: the tests that compile for TPUs are skipped" >&2
 python=.venv/bin/python
 
-if ! type -P chromium chromium-browser google-chrome >/dev/null; then
+if [[ -z $(type -P chromium chromium-browser google-chrome) ]]; then
   if [[ $(id -u) == 0 ]] && type -P apt-get >/dev/null; then
     echo "installing chromium, for the tests of the page"
     apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium >/dev/null

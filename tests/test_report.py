@@ -344,6 +344,13 @@ def test_points_and_lines_of_one_label_share_a_colour():
     assert re.findall(r">(a|b|all)</text>", drawn) == ["a", "b", "all"], "each is named once"
 
 
+def test_every_curve_is_drawn_and_even_a_single_point_seen():
+    runs = {f"run {i}": f"run {i}" for i in range(7)}
+    drawn = Curves("t", "s", [{"step": 60, name: 2.0} for name in runs], runs, {}).html()
+    assert all(name in drawn for name in runs) and drawn.count("<use") > len(runs)
+    assert "run 6" in Points("t", "s", ("x", "y"), {name: ([1, 10], [2, 1]) for name in runs}, {}).html()
+
+
 def test_intervals_are_drawn_where_they_were_logged():
     bare = [{"step": step, "x": 0.5} for step in range(3)]
     bounded = [record | {"x_low": 0.4, "x_high": 0.7} for record in bare]

@@ -44,6 +44,13 @@ def test_chitchat_has_turns_as_lines_and_no_profanity():
     assert not any("fuck" in text.lower().split() for text in documents)
 
 
+def test_a_file_whose_name_holds_brackets_is_found(tmp_path):
+    (tmp_path / "runs [1]").mkdir()
+    path = tmp_path / "runs [1]" / "my [draft].txt"
+    path.write_text("Hello.")
+    assert read(f"text:{path}") == ["Hello."]
+
+
 def test_text_files_are_documents_in_order_of_name(tmp_path):
     for name in ("b", "a", "sub/c"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -102,6 +102,7 @@ def test_spelling_judge(answer, right):
         ("The answer is 1,042.", True), ("1042", True), ("It is 1042.0, that is 1042.", True), ("$1042", True),
         ("1041 or 1042", False), ("10 42", False), ("1042x", False), ("１０４２", False), ("-1042", False), ("", False),
         ("1" * 10_000, False), ("1042" + "0" * 5000, False), ("NaN", False), ("1042e3", False), ("0x412", False),
+        ("1042.5kg", False), ("−1042", False), ("1042,then", True),
     ],
 )  # fmt: skip
 def test_number_judge(answer, right):
@@ -122,7 +123,8 @@ GSM_ROW = {"question": "Clips?", "answer": "She sold 48/2 = <<48/2=24>>24 and 0.
     [
         ("so\n#### 1028", True), ("#### 1,028", True), ("#### $1028.00 in all", True), ("#### 1028\n#### 1028", True),
         ("1028", False), ("#### 1027\n#### 1028", False), ("#### 1028\n####", False), ("#### １０２８", False),
-        ("#### 1028９", False), ("#### 1028abc", False), ("#### -1028", False), ("#### " + "9" * 9999, False),
+        ("#### 1028９", False), ("#### 1028abc", False), ("#### 1028.5k", False), ("#### -1028", False),
+        ("#### " + "9" * 9999, False),
         ("####\n1028", False), ("", False), ("#### 1028 #### 5", False), ("```\n#### 1028\n```", True),
     ],
 )  # fmt: skip
@@ -186,6 +188,7 @@ def test_humaneval_right_answers(human_eval, number):
     example, judge = human_eval[number], open_task("humaneval").judge
     assert judge(example, said(example))
     assert judge(example, example.reference["canonical_solution"])
+    assert judge(example, said(example).replace("```python", "```python3") + "\nIt works.")
     assert judge(example, f"Here you are:\n```\n{example.reference['prompt']}{example.reference['canonical_solution']}")
 
 
@@ -238,6 +241,7 @@ def test_identity_is_what_the_file_says(tmp_path):
     for damaged, message in (
         ("x = ", "cannot read topics"),
         ('name = "x"', "has no .*topic"),
+        ('[topic]\nname = "x"', "in double brackets"),
         (text.replace("answers", "replies"), "unknown key 'replies'"),
         (text.replace("{what}", "{who}"), "a field that the file lacks: KeyError"),
         (

@@ -9,6 +9,7 @@ Nothing is trained by this command: `bash train/speedrun.sh` runs the stages, wi
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -133,10 +134,7 @@ def stages(config: Config, *, fp8: bool) -> Iterator[Planned]:
     def scaled(count: int, least: int) -> str:
         return str(max(least, round(count * config.scale)))
 
-    mix = ",".join(
-        f"{name}#{scaled(int(rest.partition('*')[0]), 60)}{''.join(rest.partition('*')[1:])}" if mark else name
-        for name, mark, rest in (entry.partition("#") for entry in config.mix.split(","))
-    )
+    mix = re.sub(r"(?<=#)[0-9]+(?=[*,]|$)", lambda count: scaled(int(count[0]), 60), config.mix)
     held_out = "0.05" if small else "0.005"
     every = ("--run.save-every", "10", "--run.eval-every", "10") if small else ("--eval-rows", "4096")
     tokenizer = f"{folder}/tokenizer/tokenizer.model"

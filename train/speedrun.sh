@@ -15,22 +15,21 @@ set -euo pipefail
 again="bash$(printf ' %q' "${BASH_SOURCE[0]}" "$@")"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 plan=false
-options=()
-out=runs
+options=(--out "$PWD/runs") # what comes behind it wins
 while (($# > 0)); do
   case $1 in
     --plan) plan=true ;;
     -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit ;;
-    --out)
+    --out=* | --bundle=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
+    --out | --bundle)
       if [[ -z ${2:-} ]]; then echo "$1 needs a value" >&2; exit 2; fi
-      out=$2
+      if [[ $2 != /* ]]; then set -- "$1" "$PWD/$2" "${@:3}"; fi # as seen from where the user stands, not from the root
+      options+=("$1" "$2")
       shift ;;
     *) options+=("$1") ;;
   esac
   shift
 done
-if [[ $out != /* ]]; then out=$PWD/$out; fi # as seen from where the user stands, not from the root
-options+=(--out "$out")
 cd "$root"
 python=.venv/bin/python
 total=120 stages=1

@@ -75,7 +75,9 @@ def matching_files(pattern: str) -> list[str]:
 
 
 def _local_files(pattern: str) -> list[str]:
-    return [path for path in glob.glob(str(Path(pattern).expanduser()), recursive=True) if Path(path).is_file()]
+    path = str(Path(pattern).expanduser())
+    found = [path] if Path(path).is_file() else glob.glob(path, recursive=True)  # a name may hold brackets
+    return [path for path in found if Path(path).is_file()]
 
 
 def _remote_files(pattern: str) -> list[str]:

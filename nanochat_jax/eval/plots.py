@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from nanochat_jax.eval.report import THEMES, Block
 from nanochat_jax.files import write_bytes
 
 MAX_POINTS = 800  # of a curve: a page should stay small however long the run
+FEW_POINTS = 20  # of a curve: drawn as dots, of which even one is seen
 INKS = ("ink", "line", "first", "second", "third", "fourth", "fifth")
 # Colours that matplotlib accepts, and that the CSS variables take the place of in the finished SVG.
 STAND_INS = {ink: f"#{i:02x}{i:02x}{i:02x}" for i, ink in enumerate(INKS, 1)}
@@ -87,16 +89,16 @@ class Curves(Plot):
     """
 
     records: list[dict[str, Any]]  # of metrics.jsonl
-    metrics: dict[str, str]  # name → label; at most five
+    metrics: dict[str, str]  # name → label
     levels: dict[str, float]  # label → horizontal line to compare with
     is_log: bool = False
 
     def draw(self, axes: Axes, palette: Palette) -> bool:
         axes.set_xlabel("step")
-        for (name, label), ink in zip(self.metrics.items(), INKS[2:], strict=False):
+        for (name, label), ink in zip(self.metrics.items(), cycle(INKS[2:]), strict=False):
             steps, values = series(self.records, name)
             low, high = (series(self.records, name + bound)[1] for bound in ("_low", "_high"))
-            if 2 * len(steps) < len(self.records):
+            if 2 * len(steps) < len(self.records) or len(steps) < FEW_POINTS:
                 axes.plot(steps, values, "o-", color=palette[ink], label=label, markersize=3, linewidth=1.2)
             else:
                 thin = slice(None, None, len(steps) // MAX_POINTS + 1)
@@ -119,14 +121,14 @@ class Points(Plot):
     """Points on logarithmic axes, and lines through them: those of a group of points in its colour."""
 
     labels: tuple[str, str]  # of the axes
-    points: Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label → x and y; at most five
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label → x and y
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
     legend_columns = 2  # labels are long
 
     def draw(self, axes: Axes, palette: Palette) -> bool:
         axes.set(xscale="log", yscale="log", xlabel=self.labels[0], ylabel=self.labels[1])
-        inks = dict(zip(self.points, INKS[2:], strict=False))
+        inks = dict(zip(self.points, cycle(INKS[2:]), strict=False))
         for label, ink in inks.items():
             axes.plot(*self.points[label], "o", color=palette[ink], label=label, markersize=5)
         for label, line in self.lines.items():

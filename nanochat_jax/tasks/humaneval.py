@@ -13,7 +13,7 @@ from nanochat_jax.data.sources import package_folder
 from nanochat_jax.sandbox import run_python
 from nanochat_jax.tasks.task import Example, Task, check_no_argument, check_split
 
-_FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[^`\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def task(argument: str) -> Task:

@@ -102,8 +102,8 @@ def is_reference_letter(example: Example, answer: str) -> bool:
     return answer.strip() == example.reference
 
 
-_NUMBER = r"-?[0-9][0-9,]*(?:\.[0-9]+)?"
-_NUMBERS = re.compile(rf"(?<![\w.,]){_NUMBER}(?!\w)")
+_NUMBER = r"(?>-?[0-9]+(?:,[0-9]+)*(?:\.[0-9]+)?)"  # atomic: 12.5kg is no number, and not 12 either
+_NUMBERS = re.compile(rf"(?<![\w.,−]){_NUMBER}(?!\w)")
 _MARKED = re.compile(rf"####[ \t]*\$?({_NUMBER})?(?!\w)")
 _LONGEST_NUMBER = 28  # digits that Decimal keeps
 

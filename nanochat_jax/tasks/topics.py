@@ -54,8 +54,8 @@ def load_topics(path: Path) -> list[Topic]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read topics from {path}: {error}") from error
     topics, fields = data.pop("topic", []), {key: str(value) for key, value in data.items()}
-    if not topics:
-        raise UserError(f"{path} has no [[topic]]")
+    if not topics or not isinstance(topics, list) or not all(isinstance(topic, dict) for topic in topics):
+        raise UserError(f"{path} has no [[topic]]: each topic begins with this line, in double brackets")
     return [_load_topic(topic, fields, f"{path}, topic {number}") for number, topic in enumerate(topics)]
 
 
