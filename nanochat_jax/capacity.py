@@ -11,7 +11,7 @@ from nanochat_jax import memory
 from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
 from nanochat_jax.memory import in_words
-from nanochat_jax.sharding import MeshConfig, make_mesh
+from nanochat_jax.sharding import MeshConfig, make_mesh, split_tiles
 from nanochat_jax.state import TrainState
 
 STATE_SHARE = 0.6  # of a device's memory at most, where there is a choice: activations want the rest
@@ -63,7 +63,7 @@ def choose_mesh(
     mesh = make_mesh(wanted, devices)
     if (needed := training_bytes(like_on(mesh))) > limit:
         smaller = [(fsdp, size) for fsdp, size in _by_fsdp(replace(wanted, data=-1), rows, like_on, devices)]
-        fits = next((f"--run.mesh.fsdp {fsdp} needs {in_words(size)}" for fsdp, size in smaller if size <= limit), "")
+        fits = next((f"mesh.fsdp {fsdp} needs {in_words(size)}" for fsdp, size in smaller if size <= limit), "")
         least = len(devices) * math.ceil(min([needed, *(size for _, size in smaller)]) / limit)
         raise UserError(
             f"memory: parameters, gradients and moments need {in_words(needed)} on each of {len(devices)} devices, "
@@ -94,11 +94,12 @@ def _largest_fsdp(wanted: MeshConfig, devices: int) -> int:
 def _by_fsdp(
     wanted: MeshConfig, rows: int, like_on: LikeOn, devices: Sequence[jax.Device]
 ) -> Iterator[tuple[int, int]]:
-    """Sizes of fsdp that are possible, smallest first, and the bytes that the state then needs."""
+    """Sizes of fsdp that are possible, smallest first, and the bytes that the state then needs; no TPU splits tiles."""
     for fsdp in divisors(_largest_fsdp(wanted, len(devices))):
         try:
             mesh = make_mesh(replace(wanted, fsdp=fsdp), devices)
         except UserError:
             continue
-        if rows % (mesh.shape["data"] * fsdp) == 0:
-            yield fsdp, training_bytes(like_on(mesh))
+        like = like_on(mesh)
+        if rows % (mesh.shape["data"] * fsdp) == 0 and not (devices[0].platform == "tpu" and split_tiles(like.params)):
+            yield fsdp, training_bytes(like)

@@ -1,7 +1,7 @@
 """Read a compiled TPU program: what its time goes to, what its devices send each other.
 
 XLA notes its own estimate of the cycles of almost every operation in the optimised program. What it does not estimate
-is added here from rooflines: Pallas kernels and communication. The program's operations are then gone through in their
+is added here from rooflines: Pallas kernels, gathers and scatters, and communication. The program's operations are then gone through in their
 scheduled order, on one clock for the cores and one for the links, so that only that communication is waited for which
 no computation hides.
 """
@@ -19,6 +19,7 @@ FREE = {
     "parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id", "replica-id", "iota",
     "broadcast", "copy-start", "copy-done", "optimization-barrier",
 }  # fmt: skip
+ANNOTATIONS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked")
 MOVING = FREE | {"copy", "transpose", "reshape", "slice", "concatenate", "pad", "dynamic-slice", "dynamic-update-slice"}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
@@ -93,6 +94,7 @@ class Rates:
 
     clock_hz: float  # of the cycles that XLA estimates
     kernel_seconds: Callable[[str, int], float]  # of a Pallas kernel, by name and elements of its last result
+    memory_bytes_per_second: float
     link_bytes_per_second: Callable[[frozenset[str]], float]  # that a device sends, in collectives over some mesh axes
     mesh: dict[str, int]  # sizes of the mesh's axes
 
@@ -182,8 +184,12 @@ class _Reader:
         if kind == "attention":
             results = [_elements(dims) for of, dims in _ARRAY.findall(op.shape) if of == "bf16"]
             seconds = self.rates.kernel_seconds(op.name, results[-1] if results else 0)
+        elif kind == "gather and scatter":
+            seconds = self._moved_bytes(op) / self.rates.memory_bytes_per_second
         else:
             seconds = op.estimated_cycles() / self.rates.clock_hz
+        if any(f'"{name}"' in op.line for name in ANNOTATIONS):
+            return 0.0
         if seconds == 0 and op.opcode in ("fusion", "custom-call", "gather", "scatter", "sort"):
             done.without_estimate[f"{op.opcode} ({kind})"] += 1
         if seconds:
@@ -215,6 +221,15 @@ class _Reader:
                 self._opcodes[name] = frozenset().union(*(self._inside(inner) for inner in self.computations[name]))
             found |= self._opcodes[name]
         return found
+
+    def _moved_bytes(self, op: Operation) -> float:
+        """By gathers, which read and write their rows, and scatters, which read theirs and change others by them."""
+        if op.opcode == "gather":
+            return 2 * _largest_bytes(op.shape)
+        if op.opcode == "scatter":
+            return 3 * _largest_bytes(self._shapes[op.operands()[2]])
+        inside = (inner for name in op.called() for inner in self.computations[name]) if op.opcode == "fusion" else ()
+        return sum(self._moved_bytes(inner) for inner in inside)
 
     def _matrix_flops(self, op: Operation) -> float:
         """Of the matrix products in an operation; XLA for TPUs writes them as convolutions without a window."""
@@ -260,6 +275,10 @@ class _Reader:
 
 def _elements(dims: str) -> int:
     return math.prod(int(size) for size in dims.split(",") if size)
+
+
+def _largest_bytes(shape: str) -> float:
+    return max((_elements(dims) * _BITS.get(of, 8) / 8 for of, dims in _ARRAY.findall(shape)), default=0.0)
 
 
 def _axes(line: str, mesh: dict[str, int]) -> frozenset[str]:

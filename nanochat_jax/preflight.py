@@ -79,7 +79,8 @@ def train_step(job: Job) -> Numbers:
         Overflow: it does not fit.
     """
     like = job.like()
-    step = state.make_train_step(job.make_loss(job.cfg, COMPUTE), job.make_optimizer(job.cfg), like, seed=0)
+    loss_fn, tx = job.make_loss(job.cfg, COMPUTE), job.make_optimizer(job.cfg)
+    step = state.make_train_step(loss_fn, tx, like, seed=0, gather_dtype=COMPUTE.dtype)
     rows = job.micro_batch * sharding.batch_devices(job.mesh)
     shape = (job.accumulate, rows, job.cfg.sequence_len)
     cut = NamedSharding(job.mesh, PartitionSpec(None, BATCH_AXES))
@@ -257,4 +258,6 @@ def _rates(job: Job) -> hlo.Rates:
             return SLICE_LINK_BYTES_PER_SECOND
         return job.slice.link_bytes_per_second(list(group))
 
-    return hlo.Rates(chip.clock_hz, kernel_seconds, link_bytes_per_second, dict(mesh.shape))
+    return hlo.Rates(
+        chip.clock_hz, kernel_seconds, chip.memory_bytes_per_second, link_bytes_per_second, dict(mesh.shape)
+    )

@@ -111,15 +111,27 @@ def cut(at: NamedSharding, shape: tuple[int, ...], axis: str) -> NamedSharding:
     def fits(i: int) -> bool:
         return shape[i] % cuts(i) == 0 and "tensor" not in axes_of(spec[i])
 
-    def is_aligned(i: int) -> bool:
-        return shape[i] // cuts(i) % (LANE_TILE if i == len(shape) - 1 else ROW_TILE) == 0
-
     places = [i for i in range(len(shape)) if fits(i)]
     if not places:
         return at
-    place = max(places, key=lambda i: (is_aligned(i), -i))
+    place = max(places, key=lambda i: (_is_whole_tiles(shape, i, cuts(i)), -i))
     spec[place] = (*axes_of(spec[place]), axis) if spec[place] else axis
     return NamedSharding(at.mesh, PartitionSpec(*spec))
+
+
+def _is_whole_tiles(shape: tuple[int, ...], axis: int, cuts: int) -> bool:
+    return shape[axis] // cuts % (LANE_TILE if axis == len(shape) - 1 else ROW_TILE) == 0
+
+
+def split_tiles(params: Any) -> list[str]:
+    """Parameters (with shardings) that fsdp cuts through tiles: a TPU's compiler adds up whole ones to gather them."""
+    return [
+        f"{'/'.join(_names(path))} {like.shape}"
+        for path, like in jax.tree_util.tree_leaves_with_path(params)
+        for axis, entry in enumerate(like.sharding.spec)
+        if "fsdp" in axes_of(entry)
+        and not _is_whole_tiles(like.shape, axis, math.prod(like.sharding.mesh.shape[name] for name in axes_of(entry)))
+    ]
 
 
 def param_shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:

@@ -7,8 +7,8 @@ import pytest
 from nanochat_jax import hlo
 from nanochat_jax.products import product_flops
 
-# 1,000 cycles a second; a kernel takes 7 s; a link carries 100 bytes a second; four devices along fsdp, two along data.
-RATES = hlo.Rates(1000, lambda name, elements: 7.0, lambda axes: 100.0, {"data": 2, "fsdp": 4})
+# 1,000 cycles a second; a kernel takes 7 s; memory moves 512 bytes a second; a link carries 100 bytes a second; four devices along fsdp, two along data.
+RATES = hlo.Rates(1000, lambda name, elements: 7.0, 512.0, lambda axes: 100.0, {"data": 2, "fsdp": 4})
 
 
 def cycles(number: int) -> str:
@@ -51,6 +51,14 @@ PROGRAM = f"""HloModule jit_step, is_scheduled=true
   ROOT %less = pred[] compare(%done, %rounds), direction=LT
 }}
 
+%added (p6: f32[64,16], p7: s32[8], p8: f32[8,16]) -> f32[64,16] {{
+  %p6 = f32[64,16]{{1,0}} parameter(0)
+  %p7 = s32[8]{{0}} parameter(1)
+  %p8 = f32[8,16]{{1,0}} parameter(2)
+  %gather.1 = f32[8,16]{{1,0}} gather(%p8, %p7), offset_dims={{1}}, slice_sizes={{1,16}}
+  ROOT %scatter.1 = f32[64,16]{{1,0}} scatter(%p6, %p7, %gather.1), update_window_dims={{1}}, to_apply=%update
+}}
+
 %update (p4: f32[8]) -> f32[8] {{
   %p4 = f32[8]{{0}} parameter(0)
   ROOT %add.1 = f32[8]{{0}} add(%p4, %p4), {cycles(500)}
@@ -68,6 +76,8 @@ ENTRY %main (x: bf16[8,16], y: f32[8]) -> f32[8] {{
   %fusion.2 = bf16[16,8]{{0,1}} fusion(%x), kind=kLoop, calls=%turned, {cycles(100)}
   %fusion.3.remat = bf16[8]{{0}} fusion(%y), kind=kLoop, calls=%narrowed, {cycles(50)}
   %splash_mha_fwd.1 = (f32[8]{{0}}, bf16[8,16]{{1,0}}) custom-call(%x), custom_call_target="tpu_custom_call"
+  %buffer.1 = f32[8]{{0}} custom-call(), custom_call_target="AllocateBuffer"
+  %fusion.4 = f32[64,16]{{1,0}} fusion(%z, %i, %u), kind=kCustom, calls=%added
   %sort.1 = f32[8]{{0}} sort(%y), dimensions={{0}}
   %all-reduce.1 = f32[25]{{0}} all-reduce(%y), replica_groups={{{{0,4}},{{1,5}},{{2,6}},{{3,7}}}}, to_apply=%update
   ROOT %conditional.1 = f32[8]{{0}} conditional(%y), branch_computations={{%skip, %update}}
@@ -79,7 +89,14 @@ ENTRY %main (x: bf16[8,16], y: f32[8]) -> f32[8] {{
 def test_a_program_by_hand(program):
     done = hlo.read(program, RATES)
     assert dict(done.kinds) == pytest.approx(
-        {"matrix products": 15.0, "copies": 0.3, "converts": 0.05, "attention": 7.0, "element-wise": 0.5}
+        {
+            "matrix products": 15.0,
+            "copies": 0.3,
+            "converts": 0.05,
+            "attention": 7.0,
+            "element-wise": 0.5,
+            "gather and scatter": 5.0,
+        }  # 5 times 512 bytes
     )
     assert done.matrix_flops == 5 * 2 * 8 * 32 * 16
     assert done.rematerialized_seconds == pytest.approx(0.05)
@@ -93,7 +110,7 @@ def test_a_program_by_hand(program):
 
 
 def test_computation_hides_what_is_shorter():
-    fast = hlo.Rates(1000, RATES.kernel_seconds, lambda axes: 1000.0, RATES.mesh)
+    fast = hlo.Rates(1000, RATES.kernel_seconds, 512.0, lambda axes: 1000.0, RATES.mesh)
     done = hlo.read(PROGRAM, fast)
     assert done.waiting_seconds == pytest.approx(
         0.1
@@ -103,7 +120,7 @@ def test_computation_hides_what_is_shorter():
 
 def test_axes_decide_how_fast_a_link_is():
     asked = []
-    rates = hlo.Rates(1000, RATES.kernel_seconds, lambda axes: asked.append(axes) or 100.0, RATES.mesh)
+    rates = hlo.Rates(1000, RATES.kernel_seconds, 512.0, lambda axes: asked.append(axes) or 100.0, RATES.mesh)
     hlo.read(PROGRAM, rates)
     assert set(asked) == {frozenset({"fsdp"}), frozenset({"data"})}
 

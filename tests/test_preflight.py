@@ -110,7 +110,7 @@ def test_bad_input_is_told(changes, message):
     [
         ({"topology": "v5p:3x3x3"}, "'v5p:3x3x3' does not exist .*known are v4"),
         ({"topology": "v5e:2x4", "mesh": MeshConfig(fsdp=3)}, "does not use 8 devices"),
-        ({"topology": "v5e:2x4", "micro_batch": 7}, "--micro-batch 7 does not divide 16 rows a device"),
+        ({"topology": "v5e:2x4", "micro_batch": 7}, "16 rows a device and step do not divide by micro-batch=7"),
         ({"topology": "v5e:16x16"}, "128 rows a step do not divide by 256 data-parallel devices"),
     ],
 )

@@ -30,6 +30,7 @@ COMMANDS = {
     ),
     ("queued-resources", "describe"): (1, {"--format"}, PLACE),
     ("queued-resources", "delete"): (1, {"--force", "--quiet"}, PLACE),
+    ("tpu-vm", "describe"): (1, {"--format"}, PLACE),
     ("tpu-vm", "ssh"): (1, {"--worker", "--command"}, {"--batch-size", *PLACE}),
     ("tpu-vm", "scp"): (2, {"--worker"}, PLACE),
 }
@@ -140,13 +141,25 @@ def test_keep_sees_a_run_through_a_preemption(cloud):
     done = cloud.keep(
         "", "WAITING_FOR_RESOURCES", "ACTIVE",  # nothing there: asked for, waited for
         "ACTIVE", "none", "ACTIVE", "running",  # started
-        "ACTIVE", "", "SUSPENDING", "SUSPENDED",  # no answer: taken away
+        "ACTIVE", "", "READY", "SUSPENDING", "SUSPENDED",  # no answer: taken away
         "", "ACTIVE", "ACTIVE", "none", "ACTIVE", "running",  # asked for anew, and started
         "ACTIVE", "0",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert cloud.asked() == ["create", "scp", "install", "run", "delete", "create", "scp", "install", "run"]
     assert "ended well" in done.stderr
+
+
+def test_a_slice_that_is_gone_is_replaced_even_if_its_request_is_still_said_to_be_active(cloud):
+    done = cloud.keep("ACTIVE", "running", "ACTIVE", "", "PREEMPTED", "", "ACTIVE", "ACTIVE", "none", "ACTIVE", "0")
+    assert done.returncode == 0, done.stderr
+    assert cloud.asked() == ["delete", "create", "scp", "install", "run"]
+
+
+def test_a_run_that_was_told_to_end_goes_on_however_often(cloud):
+    done = cloud.keep(*["ACTIVE", "143"] * 5, "ACTIVE", "0")
+    assert done.returncode == 0, done.stderr
+    assert cloud.asked() == ["run"] * 5
 
 
 def test_keep_gives_up_on_a_run_that_fails_again_and_again(cloud):

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
-from nanochat_jax import optim, preflight, sharding, tpu
+from nanochat_jax import memory, optim, preflight, sharding, tpu
+from nanochat_jax.capacity import choose_mesh
 from nanochat_jax.config import Horizon, ModelConfig, OptimConfig, from_depth, horizon, to_json, write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.preflight import Job, Numbers, Overflow
 from nanochat_jax.sharding import MeshConfig
 from train import cli
+from train.microbatch import ENOUGH_TOKENS, divisors, micro_rows
 from train.pretrain import ModelArgs, language_model_loss, rows_of
 from train.stage import at_least
+from train.start import abstract_state
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Config:
     batch_tokens: int | None = None
     """Tokens of an optimizer step, in place of the scaling law's."""
     micro_batch: int = 0
-    """Rows that one device computes at a time; 0 for the largest up to 32 that fits."""
+    """Rows that one device computes at a time; 0 for the largest that fits, as training finds it."""
     layers: tuple[int, ...] = ()
     """Two numbers, multiples of the window pattern: compile models of so many layers, extend the line to the depth."""
     decode_rows: int = 8
@@ -73,22 +77,23 @@ def main(config: Config) -> dict[str, Any]:
         head_dim=config.model.head_dim,
         window_pattern=config.model.window_pattern,
     )
-    mesh = sharding.make_mesh(config.mesh, list(where.devices))
     length = horizon(cfg, ratio=config.ratio, batch_tokens=config.batch_tokens)
-    parts = sharding.batch_devices(mesh)
     rows = rows_of(length.batch_tokens, cfg)
-    if rows % parts:
-        raise UserError(f"batch: {rows} rows a step do not divide by {parts} data-parallel devices")
-    per_device = rows // parts
-    sizes = [size for size in range(min(32, per_device), 0, -1) if per_device % size == 0]
+
+    def make_optimizer(cfg: ModelConfig) -> optax.GradientTransformation:
+        return optim.make_optimizer(cfg, length, OptimConfig(), preflight.COMPUTE.dtype)
+
+    mesh = choose_mesh(
+        config.mesh, cfg, rows, lambda mesh: abstract_state(cfg, preflight.COMPUTE, make_optimizer(cfg), mesh),
+        list(where.devices), int(memory.USABLE * where.chip.memory_gib * preflight.GIB),
+    )  # fmt: skip
     if config.micro_batch:
-        if per_device % config.micro_batch:
-            raise UserError(f"--micro-batch {config.micro_batch} does not divide {per_device} rows a device and step")
-        sizes = [config.micro_batch]
+        sizes = [micro_rows(rows, config.micro_batch, mesh)]
+    else:
+        sizes = [size for size in divisors(rows, mesh)[::-1] if size * cfg.sequence_len <= ENOUGH_TOKENS] or [1]
     job = Job(
-        cfg, where, mesh, sizes[0], per_device // sizes[0], language_model_loss,
-        lambda cfg: optim.make_optimizer(cfg, length, OptimConfig(), preflight.COMPUTE.dtype),
-        {} if config.optimization_level is None else {"optimization_level": config.optimization_level},
+        cfg, where, mesh, sizes[0], rows // sharding.batch_devices(mesh) // sizes[0], language_model_loss,
+        make_optimizer, {} if config.optimization_level is None else {"optimization_level": config.optimization_level},
     )  # fmt: skip
     _announce(config, job, length)
     try:

@@ -6,7 +6,7 @@
 #   bash train/tpu_pod.sh [options] run COMMAND …     start it on all workers, as in: run train.pretrain --data gs://…
 #   bash train/tpu_pod.sh [options] logs              follow the first worker's output
 #   bash train/tpu_pod.sh [options] status            state of the slices and of the run
-#   bash train/tpu_pod.sh [options] stop              have the run save a checkpoint and end
+#   bash train/tpu_pod.sh [options] stop              have the run save a checkpoint and end (end keep first: it would start it again)
 #   bash train/tpu_pod.sh [options] keep COMMAND …    all of it: create, install, run; again after each preemption, to its end
 #   bash train/tpu_pod.sh [options] delete            give the slices back: they cost money until then
 #
@@ -91,6 +91,12 @@ state() {
   fi
 }
 
+# Of each slice, such as READY or PREEMPTED.
+node_states() {
+  local node
+  for node in $(nodes); do tpus tpu-vm describe "$node" "--format=value(state)" || true; done
+}
+
 create() {
   local version request=() now before=""
   version=$(runtime_version) || exit
@@ -167,7 +173,7 @@ keep() {
       ACTIVE)
         if ! ended=$(run_status); then # preempted slices are said to be active for a while
           say "the first worker does not answer"
-          sleep "$poll_seconds"
+          if [[ $(node_states) == *PREEMPTED* ]]; then delete || true; else sleep "$poll_seconds"; fi
           continue
         fi
         if $dry_run; then
@@ -183,6 +189,10 @@ keep() {
           0)
             say "the run has ended well; bash train/tpu_pod.sh --name $name delete gives the slices back"
             return
+            ;;
+          143) # SIGTERM, as before maintenance: it has saved a checkpoint
+            say "the run was told to end; once more"
+            run "$@" || true
             ;;
           *)
             failures=$((failures + 1))
