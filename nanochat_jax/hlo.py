@@ -1,9 +1,9 @@
 """Read a compiled TPU program: what its time goes to, what its devices send each other.
 
 XLA notes its own estimate of the cycles of almost every operation in the optimised program. What it does not estimate
-is added here from rooflines: Pallas kernels, gathers and scatters, and communication. The program's operations are then gone through in their
-scheduled order, on one clock for the cores and one for the links, so that only that communication is waited for which
-no computation hides.
+is added here from rooflines: Pallas kernels, gathers and scatters, and communication. The program's operations are then
+gone through in their scheduled order, on one clock for the cores and one for the links, so that only that communication
+is waited for which no computation hides.
 """
 
 import math

@@ -20,7 +20,7 @@ from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute
 
-USABLE = 0.93  # of a device's memory: what it holds besides, and what lies in pieces too small
+USABLE = 0.93  # of a GPU's memory: what it holds besides, and what lies in pieces too small; a TPU's compiler is exact
 USABLE_OF_HOST = 0.5  # of a CPU's, which others share
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -29,7 +29,7 @@ def usable_bytes(device: jax.Device) -> int:
     """Bytes that a program may take on each device of its kind, on every host alike."""
     stats = device.memory_stats() or {}
     if limit := stats.get("bytes_limit"):
-        found = USABLE * limit
+        found = limit if device.platform == "tpu" else USABLE * limit
     else:
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         with contextlib.suppress(OSError, ValueError):  # there is no such limit

@@ -65,7 +65,8 @@ class Attention(nn.Module):
             table = param(self, "value_embed", uniform, shape, ("value_vocab", "kv_heads"), self.compute.dtype)
             gate = param(self, "ve_gate", _positive(0.02), (VE_GATE_CHANNELS, cfg.n_kv_head), (None, "kv_heads"))
             gate_BTK1 = 3 * jax.nn.sigmoid(layers.linear(h_BTD[..., :VE_GATE_CHANNELS], gate))[..., None]
-            v_BTKH += gate_BTK1 * layers.embed(table, tokens_BT).astype(v_BTKH.dtype).reshape(v_BTKH.shape)
+            rows_BTKH = layers.embed(table, tokens_BT).astype(v_BTKH.dtype).reshape(v_BTKH.shape)
+            v_BTKH += gate_BTK1 * layers.turn_rows(rows_BTKH)
         q_BTNH, k_BTKH = (layers.rotate_and_norm(x, *rotation, QK_SCALE) for x in (q_BTNH, k_BTKH))
         mixed_BTNH = mix(q_BTNH, k_BTKH, v_BTKH)
         proj = param(self, "proj", nn.initializers.zeros, (q_dim, cfg.n_embd), ("heads", "embed"))

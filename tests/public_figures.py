@@ -2,13 +2,14 @@
 
     python -m tests.public_figures [single] [pod]
 
-No chip is needed, and none is used: programs like theirs are compiled here, with what they chose where it costs time, and
-their estimated MFU is compared with the one that was measured. Minutes each.
+No chip is needed, and none is used: programs like theirs are compiled here, with what they chose where it costs time,
+and their estimated MFU is compared with the one that was measured. Minutes each.
 
 - single: 164 M parameters on one v6e at 48.3 % MFU (github.com/vorushin/tpuchat, pallas/CLAUDE.md): 8 layers of width
   1,024, 4 query heads of 256 channels on one of keys, SwiGLU, AdamW, all in bfloat16; 16 micro-batches of 4 rows.
 - pod: depth 24 on v6e-8 at 23.7 % (github.com/tucan9389/nanochat-jax, dev/LEADERBOARD.md): 16 micro-batches of 2 rows,
-  parameters replicated; gradients of value embeddings by float32 products with one-hot tokens, Muon in float32, blocks of 512.
+  parameters replicated; gradients of value embeddings by float32 products with one-hot tokens, Muon in float32, blocks
+  of 512.
 """
 
 import sys
@@ -20,9 +21,8 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 
-from nanochat_jax import hlo, layers, losses, optim, preflight, sharding, splash, state, tpu
+from nanochat_jax import hlo, layers, optim, preflight, sharding, splash, state, tpu
 from nanochat_jax.config import ModelConfig, OptimConfig, from_depth, horizon
 from train.pretrain import language_model_loss
 

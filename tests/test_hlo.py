@@ -7,7 +7,8 @@ import pytest
 from nanochat_jax import hlo
 from nanochat_jax.products import product_flops
 
-# 1,000 cycles a second; a kernel takes 7 s; memory moves 512 bytes a second; a link carries 100 bytes a second; four devices along fsdp, two along data.
+# 1,000 cycles a second; a kernel takes 7 s; memory moves 512 bytes a second, a link 100; four devices along fsdp, two
+# along data.
 RATES = hlo.Rates(1000, lambda name, elements: 7.0, 512.0, lambda axes: 100.0, {"data": 2, "fsdp": 4})
 
 

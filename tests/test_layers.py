@@ -50,3 +50,17 @@ def test_gradient_from_the_result(function, plain, others):
 @pytest.mark.parametrize("function", [layers.rms_norm, layers.relu2])
 def test_a_zero_has_a_finite_gradient(function):
     assert np.isfinite(jax.grad(lambda x: function(x).sum())(jnp.zeros((2, 8)))).all()
+
+
+def test_products_that_only_move_are_exact(monkeypatch):
+    """What a TPU multiplies, other devices move: bitwise the same."""
+    x, grad = (jax.random.normal(key, (2, 5, 3, 16), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
+    rotation = layers.rotary(jnp.arange(5, dtype=jnp.int32)[None], 16, jnp.dtype("bfloat16"))
+
+    def run():
+        value, back = jax.vjp(lambda x: layers.rotate_and_norm(layers.turn_rows(x), *rotation, 1.2), x)
+        return value, *back(grad)
+
+    moved = run()
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, *, tpu, default: tpu(x))
+    jax.tree.map(np.testing.assert_array_equal, run(), moved)

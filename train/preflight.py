@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import optax
 
-from nanochat_jax import memory, optim, preflight, sharding, tpu
+from nanochat_jax import optim, preflight, sharding, tpu
 from nanochat_jax.capacity import choose_mesh
 from nanochat_jax.config import Horizon, ModelConfig, OptimConfig, from_depth, horizon, to_json, write_json
 from nanochat_jax.errors import UserError
@@ -85,7 +85,7 @@ def main(config: Config) -> dict[str, Any]:
 
     mesh = choose_mesh(
         config.mesh, cfg, rows, lambda mesh: abstract_state(cfg, preflight.COMPUTE, make_optimizer(cfg), mesh),
-        list(where.devices), int(memory.USABLE * where.chip.memory_gib * preflight.GIB),
+        list(where.devices), int(where.chip.memory_gib * preflight.GIB),
     )  # fmt: skip
     if config.micro_batch:
         sizes = [micro_rows(rows, config.micro_batch, mesh)]
