@@ -58,8 +58,9 @@ def choose_mesh(
         left = (size for size in splits if rows % (len(devices) // size) == 0)
         wanted = replace(wanted, tensor=next(left, 1))
     if wanted.fsdp == -1:
-        fitting = (fsdp for fsdp, size in _by_fsdp(wanted, rows, like_on, devices) if size <= STATE_SHARE * limit)
-        wanted = replace(wanted, fsdp=next(fitting, _largest_fsdp(wanted, len(devices))))
+        sizes = [*_by_fsdp(wanted, rows, like_on, devices)] or [(_largest_fsdp(wanted, len(devices)), 0)]
+        fitting = (fsdp for fsdp, size in sizes if size <= STATE_SHARE * limit)
+        wanted = replace(wanted, fsdp=next(fitting, sizes[-1][0]))
     mesh = make_mesh(wanted, devices)
     if (needed := training_bytes(like_on(mesh))) > limit:
         smaller = [(fsdp, size) for fsdp, size in _by_fsdp(replace(wanted, data=-1), rows, like_on, devices)]

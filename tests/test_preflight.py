@@ -7,11 +7,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from nanochat_jax import preflight, tpu
+from nanochat_jax import optim, preflight, sharding, tpu
+from nanochat_jax.capacity import choose_mesh, training_bytes
+from nanochat_jax.config import OptimConfig, from_depth, horizon
 from nanochat_jax.errors import UserError
 from nanochat_jax.sharding import MeshConfig
 from train.preflight import Config, main
 from train.pretrain import ModelArgs
+from train.start import abstract_state
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +114,30 @@ def test_bad_input_is_told(changes, message):
         ({"topology": "v5p:3x3x3"}, "'v5p:3x3x3' does not exist .*known are v4"),
         ({"topology": "v5e:2x4", "mesh": MeshConfig(fsdp=3)}, "does not use 8 devices"),
         ({"topology": "v5e:2x4", "micro_batch": 7}, "16 rows a device and step do not divide by micro-batch=7"),
-        ({"topology": "v5e:16x16"}, "128 rows a step do not divide by 256 data-parallel devices"),
+        (
+            {"topology": "v5e:16x16", "mesh": MeshConfig(256, 1, 1)},
+            "128 rows a step do not divide by 256 data-parallel devices",
+        ),
     ],
 )
 def test_what_does_not_fit_the_slice_is_told(changes, message):
     with pytest.raises(UserError, match=message):
         main(small(**changes))
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_a_mesh_that_is_chosen_for_tpus_keeps_tiles_whole():
+    """Of a width of 256, 16 devices have whole tiles of 16 rows each; 32, where more memory is left, do not."""
+    cfg = from_depth(4, vocab_size=512, sequence_len=256, head_dim=64)
+    tx = optim.make_optimizer(cfg, horizon(cfg), OptimConfig(), "bfloat16")
+
+    def like_on(mesh):
+        return abstract_state(cfg, preflight.COMPUTE, tx, mesh)
+
+    devices = list(tpu.describe("v5p:4x4x4").devices)
+    on_16 = training_bytes(like_on(sharding.make_mesh(MeshConfig(fsdp=16), devices)))
+    mesh = choose_mesh(MeshConfig(), cfg, 64, like_on, devices, limit=int(1.1 * on_16))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 16, "tensor": 1}
 
 
 def test_without_libtpu_it_says_how_to_get_it(monkeypatch):

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import sharding
@@ -56,6 +56,17 @@ def test_cuts_prefer_whole_tiles_and_the_first_axis():
     tensor = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
     along = sharding.cut(NamedSharding(tensor, P("tensor", None)), (256, 24), "fsdp")
     assert along.spec == P("tensor", "fsdp")  # not along what tensor cuts, tiles or not
+
+
+def test_tiles_that_fsdp_splits_are_found():
+    mesh = AbstractMesh((1, 64, 1), sharding.AXES)
+    shapes = {"q": (1536, 1536), "fc": (1536, 6144), "wte": (32768, 1536), "gate": (12, 12)}
+    whole = NamedSharding(mesh, P(None, None))
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.cut(whole, shape, "fsdp"))
+        for name, shape in shapes.items()
+    }
+    assert sharding.split_tiles(params) == ["fc (1536, 6144)", "q (1536, 1536)"]  # 24 rows; 96 columns would not do
 
 
 @pytest.mark.parametrize(

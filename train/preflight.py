@@ -183,6 +183,12 @@ def _announce(config: Config, job: Job, length: Horizon) -> None:
         ),
         flush=True,
     )
+    if split := sharding.split_tiles(job.like().params):
+        print(
+            f"careful: mesh.fsdp {mesh.shape['fsdp']} cuts {len(split)} matrices through tiles, such as {split[0]}: "
+            "the compiler may add up whole ones to gather them; fewer parts, and more of mesh.data, keep tiles whole",
+            flush=True,
+        )
 
 
 def _show(result: dict[str, Any], job: Job) -> None:
