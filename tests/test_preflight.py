@@ -12,6 +12,7 @@ from nanochat_jax.capacity import choose_mesh, training_bytes
 from nanochat_jax.config import OptimConfig, from_depth, horizon
 from nanochat_jax.errors import UserError
 from nanochat_jax.sharding import MeshConfig
+from tests import public_figures
 from train.preflight import Config, main
 from train.pretrain import ModelArgs
 from train.start import abstract_state
@@ -49,6 +50,7 @@ def test_a_small_model_compiles(topology, mesh, micro_batch, tmp_path, capsys):
     assert json.loads((tmp_path / "found.json").read_text())["estimated"] == found["estimated"]
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("Measured:", "Estimated:", "tokens/s", "attention", "memory of a chip"))
+    assert preflight.known_errors() in printed
     numbers, memory = found["measured_of_the_program"], found["measured_of_the_program"]["memory_gib"]
     assert 0 < memory["parameters"] < memory["all"] < tpu.CHIPS[topology[:3].rstrip(":")].memory_gib
     assert numbers["seconds"]["attention"] > 0  # the splash kernels were compiled
@@ -157,6 +159,16 @@ def test_the_pin_is_of_the_series_that_jax_asks_for():
 
 def test_tests_run_on_the_cpu():
     assert jax.default_backend() == "cpu"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("libtpu")
+@pytest.mark.parametrize(
+    ("estimate", "figure"),
+    zip((public_figures.single, public_figures.pod), preflight.PUBLIC_FIGURES.values(), strict=True),
+)
+def test_the_errors_that_are_told_are_those_of_today(estimate, figure):
+    assert estimate() == pytest.approx(figure[1], rel=0.02)
 
 
 @pytest.mark.slow

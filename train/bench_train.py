@@ -178,7 +178,7 @@ def measure_step(
 
     seconds = seconds_per_call(step, device)
     sizes = dict(work.mesh.shape)
-    said = hlo.read(compiled.as_text() or "", hlo.Rates(1.0, lambda *_: 0.0, lambda _: 1.0, sizes)).traffic
+    said = hlo.read(compiled.as_text() or "", hlo.Rates(1.0, lambda *_: 0.0, 1.0, lambda _: 1.0, sizes)).traffic
     stats = jax.local_devices()[0].memory_stats() or {}
     measured = {
         "milliseconds": round(1e3 * seconds, 3),

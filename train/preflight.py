@@ -120,8 +120,8 @@ def main(config: Config) -> dict[str, Any]:
         result["decode"] = decoding
         _show_decode(decoding, config.decode_rows, where.chip)
     print(
-        "\nMeasured: memory, FLOPs, bytes sent, by compiling; XLA's own cycles of operations. Estimated: everything in "
-        "seconds.\nNo TPU ran any of it. docs/tpu.md says how far off estimates of known runs were."
+        "\nMeasured: memory, FLOPs, bytes sent, by compiling. Estimated: everything in seconds, from XLA's cycles and "
+        f"rooflines; MFU so\nestimated {preflight.known_errors()}. No TPU ran any of it: docs/tpu.md."
     )
     if config.out is not None:
         write_json(config.out, result)
