@@ -42,7 +42,7 @@ def small(topology: str, **changes) -> Config:
         ("v4:2x2x1", MeshConfig(4, 1, 1), 16),  # two micro-batches
         ("v5e:2x4", MeshConfig(1, 8, 1), 16),
         ("v5p:2x2x2", MeshConfig(2, 2, 2), 32),
-        ("v6e:2x2", MeshConfig(1, 1, 4), 32),  # two heads do not make four parts
+        ("v6e:2x2", MeshConfig(2, 1, 2), 32),
     ],
 )
 def test_a_small_model_compiles(topology, mesh, micro_batch, tmp_path, capsys):
@@ -115,6 +115,7 @@ def test_bad_input_is_told(changes, message):
     [
         ({"topology": "v5p:3x3x3"}, "'v5p:3x3x3' does not exist .*known are v4"),
         ({"topology": "v5e:2x4", "mesh": MeshConfig(fsdp=3)}, "does not use 8 devices"),
+        ({"topology": "v6e:2x2", "mesh": MeshConfig(1, 1, 4)}, "tensor=4 does not divide 2 heads"),
         ({"topology": "v5e:2x4", "micro_batch": 7}, "16 rows a device and step do not divide by micro-batch=7"),
         (
             {"topology": "v5e:16x16", "mesh": MeshConfig(256, 1, 1)},
