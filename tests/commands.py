@@ -66,6 +66,7 @@ NOT_HERE = {  # by what a command begins with
     r"python -m .*gs://BUCKET": "takes a bucket; tests/test_corpus.py and test_files.py have a stand-in",
     r"xpk|bash train/tpu_pod.sh (?!.*--dry-run)": "takes Google Cloud; tests/test_tpu_pod.py has a stand-in",
     r"python -m train.bench_loop": "takes a run of some length; tests/test_bench_loop.py does",
+    r"python -m tests.public_figures": "takes many minutes; pytest -m slow tests/test_preflight.py does",
     r"python -m tests.compare_torch": "takes PyTorch: pytest -m torch",
     r"python -m train.convert": "takes published weights, or PyTorch; tests/test_gpt2.py and test_interop.py do",
     r"python -m train.pretrain --preset gpt2": "takes GPT-2's weights; tests/test_gpt2.py does",

@@ -121,7 +121,7 @@ def main(config: Config) -> dict[str, Any]:
         _show_decode(decoding, config.decode_rows, where.chip)
     print(
         "\nMeasured: memory, FLOPs, bytes sent, by compiling. Estimated: everything in seconds, from XLA's cycles and "
-        f"rooflines; MFU so\nestimated {preflight.known_errors()}. No TPU ran any of it: docs/tpu.md."
+        f"rooflines.\nMFU {preflight.known_errors()}. No TPU ran any of this: docs/tpu.md."
     )
     if config.out is not None:
         write_json(config.out, result)
