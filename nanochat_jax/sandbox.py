@@ -6,7 +6,8 @@ every file outside its folder read-only, and takes its descendants with it when 
 of these held.
 
 This is no perfect jail. A program can read files that we can read, can attack the kernel, and, knowing this file, can
-cheat its own limits on processes. Code of someone who means harm belongs in a virtual machine.
+cheat its own limits on processes or pretend that it ran to its end. Code of someone who means harm belongs in a
+virtual machine.
 """
 
 import ctypes

@@ -247,6 +247,12 @@ DAMAGE = {
     "no list": ("core.yaml", None, "cannot read .*core.yaml.*--bundle"),
     "list": ("core.yaml", "icl_tasks: [{label: x}]", r"core\.yaml is damaged: KeyError 'icl_task_type'"),
     "kind": ("core.yaml", "icl_tasks: [{label: choose, icl_task_type: essay}]", "of kind 'essay', not multiple_choice"),
+    "no tasks": ("core.yaml", "icl_tasks: []", "it lists no tasks, or two of one name"),
+    "guessing is always right": (
+        "eval_meta_data.csv",
+        "Eval Task,Random baseline\nchoose,100\n",
+        "2 solved examples and a baseline of 100%",
+    ),
     "no baselines": ("eval_meta_data.csv", None, "cannot read .*eval_meta_data.csv"),
     "baseline": ("eval_meta_data.csv", "Eval Task,Random baseline\nresolve,50\n", "no baseline for task choose"),
     "baselines": ("eval_meta_data.csv", "a,b\n1,2\n", "eval_meta_data.csv is damaged"),

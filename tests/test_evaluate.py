@@ -146,6 +146,7 @@ def test_reuses_what_was_measured_on_the_same_checkpoint_and_data(run, monkeypat
         json.dumps(both | {"fingerprint": "0"}),
         json.dumps(other_data),
         "?",
+        "null",
     ):
         (run / "base" / "evaluation.json").write_text(spoilt)
         with pytest.raises(AssertionError, match="measured again"):
@@ -235,6 +236,13 @@ def test_chat_measures_what_is_missing_and_keeps_the_rest(chat, measured, capsys
     assert measured[3:] == ["arc-easy", "arc-easy"]
     kept = json.loads((chat / "evaluation.json").read_text())["suites"]["chat"]["tasks"]
     assert kept["arc-easy"]["examples"] == 6 and kept["identity"] == second["tasks"]["identity"]
+
+
+def test_no_score_is_called_chatcore_that_a_part_of_the_examples_gave(chat, monkeypatch):
+    monkeypatch.setattr("nanochat_jax.eval.chat.CHATCORE", ("arc-easy",))
+    part, whole = (evaluate.main(asked(chat, "ARC", examples=n))["suites"]["chat"] for n in (11, 0))
+    assert part["chatcore"] is None and part["tasks"]["arc-easy"]["examples"] == 11
+    assert whole["chatcore"] == whole["tasks"]["arc-easy"]["centred"] and whole["tasks"]["arc-easy"]["examples"] == 12
 
 
 def test_tasks_without_data_are_named_and_left_out(chat, capsys):

@@ -133,7 +133,7 @@ def test_a_model_that_is_unsure_gives_pairs_the_same_each_time(unsure, tmp_path,
     assert config.out.read_bytes() == first
     pairs.main(replace(config, seed=1))
     assert config.out.read_bytes() != first
-    assert [entry.name for entry in tmp_path.iterdir()] == ["pairs.jsonl"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["pairs.config.json", "pairs.jsonl"]
 
 
 def test_bad_input_is_named(tiny_base, tmp_path):

@@ -122,6 +122,7 @@ def chatty(run) -> Path:
         (run / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         evaluated(run / name, {"spelling": result(right, f"{name} says"), "arithmetic": result(5, f"{name} says")})
     (run / "pairs.jsonl").write_text(f"{json.dumps(PAIR | {'chosen': CALL})}\n" * 3)
+    (run / "pairs.config.json").write_text('{"checkpoint": "s", "out": "p", "tasks": "spelling"}')
     return run
 
 
@@ -158,6 +159,7 @@ def test_all_stages(chatty, capsys):
     assert page.tags.count("svg") == sum(PLOTS.values())
     for text in (page.text, markdown):
         assert "Missing" not in text
+        assert "python -m train.pairs --checkpoint s --out p --tasks spelling" in text
         for program in report.PROGRAMS.values():
             assert f"python -m train.{program.module} " in text
         assert text.count("python -m train.evaluate --checkpoint") == 4

@@ -101,7 +101,7 @@ def _stored(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text())
         return dict(stored["suites"]) if all(stored[key] == value for key, value in identity.items()) else {}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

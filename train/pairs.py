@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nanochat_jax import hosts, sharding
 from nanochat_jax.chat import Conversation, Part, check_conversation, content_parts, parse, render
+from nanochat_jax.config import to_json, write_json
 from nanochat_jax.data.rl import open_questions
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import write_bytes
@@ -93,6 +94,7 @@ def main(config: Config) -> dict[str, Counter[str]]:
     if not lines:
         raise UserError(f"no pairs came of {len(questions):,} questions: ask more, or with more samples")
     hosts.first(lambda: write_bytes(config.out, "".join(lines).encode()))
+    hosts.first(lambda: write_json(config.out.with_suffix(".config.json"), to_json(config)))
     print(f"{len(lines):,} pairs in {config.out}")
     return counts
 

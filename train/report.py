@@ -27,6 +27,7 @@ from nanochat_jax.eval.plots import Curves, save_png
 from nanochat_jax.eval.report import Answer, Block, Code, Exchange, Table, Text, flat, side_by_side
 from nanochat_jax.files import write_bytes
 from train import cli, dpo, evaluate, prepare, pretrain, results, rl, sft, suites, tokenizer
+from train.pairs import Config as PairsConfig
 from train.runs import Run, StageRun, gather
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece")
@@ -199,6 +200,8 @@ def commands(run: Run, config: Config) -> list[Block]:
         ("prepare", prepare.Config, prepared and {**prepared, "tokenizer": model, "out": run.folder / "data"}),
     ]
     for name, stage in run.stages.items():
+        if name == "dpo":
+            made.append(("pairs", PairsConfig, run.pairs_config))
         made.append((PROGRAMS[name].module, PROGRAMS[name].config, stage.config))
         made.append(("evaluate", evaluate.Config, stage.evaluation.get("config", {})))
     made.append(("report", Config, {field.name: getattr(config, field.name) for field in fields(config)}))

@@ -98,6 +98,7 @@ class Run:
     tokenizer_config: dict[str, Any]
     data: dict[str, Any]
     pairs: dict[str, tuple[int, Pair]]  # by task: how many, and the first
+    pairs_config: dict[str, Any]
     stages: dict[str, StageRun]
     notes: list[str]  # on what is missing or cannot be read
 
@@ -127,6 +128,7 @@ def gather(folder: Path) -> Run:
         tokenizer_config=part("tokenizer/tokenizer.config.json", read_json, {}),
         data=part("data/manifest.json", read_json, {}),
         pairs=part("pairs.jsonl", _read_pairs, {}),
+        pairs_config=part("pairs.config.json", read_json, {}),
         stages={
             name: StageRun(
                 config=part(f"{name}/config.json", read_json, {}),

@@ -131,7 +131,7 @@ def measure_chat(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str,
             results[name] = {"asked": asked, **to_json(evaluator.evaluate(task, examples, bar.update))}
         yield {
             "tasks": results,
-            "chatcore": chatcore(results),
+            "chatcore": chatcore({name: result for name, result in results.items() if not result["asked"]["limit"]}),
             "mean_centred": sum(result["centred"] for result in results.values()) / len(results),
             "compilations": evaluator.compilations,
             "seconds": round(sum(result["seconds"] for result in results.values()), 2),

@@ -97,6 +97,8 @@ def open_bundle(folder: Path) -> list[CoreTask]:
     try:
         entries = yaml.safe_load(listed.read_text())["icl_tasks"]
         tasks = [_task(folder, entry, baselines) for entry in entries]
+        if not tasks or len({task.name for task in tasks}) < len(tasks):
+            raise ValueError("it lists no tasks, or two of one name")
     except OSError as error:
         raise UserError(f"cannot read {listed}: {error.strerror}; --bundle names the folder that holds it") from error
     except (yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -113,11 +115,13 @@ def _task(folder: Path, entry: dict[str, Any], baselines: dict[str, float]) -> C
         raise ValueError(f"task {name} is of kind {kind!r}, not {', '.join(KINDS)}")
     if name not in baselines:
         raise UserError(f"{folder / BASELINES} has no baseline for task {name}; get the bundle again from {URL}")
+    if (shots := int(entry["num_fewshot"][0])) < 0 or not 0 <= baselines[name] < 1:
+        raise ValueError(f"task {name} has {shots} solved examples and a baseline of {baselines[name]:.0%}")
     return CoreTask(
         name=name,
         kind=kind,
         path=folder / DATA / entry["dataset_uri"],
-        shots=int(entry["num_fewshot"][0]),
+        shots=shots,
         delimiter=str(entry.get("continuation_delimiter", " ")),
         baseline=baselines[name],
     )
