@@ -346,6 +346,11 @@ def test_points_and_lines_of_one_label_share_a_colour():
     assert re.findall(r">(a|b|all)</text>", drawn) == ["a", "b", "all"], "each is named once"
 
 
+def test_points_between_two_powers_of_ten_have_an_axis_with_numbers():
+    drawn = Points("t", "s", ("x", "y"), {"a": ([1.5e6, 9e6], [2, 1])}, {}).html()
+    assert "2e+06" in drawn and "5e+06" in drawn
+
+
 def test_every_curve_is_drawn_and_even_a_single_point_seen():
     runs = {f"run {i}": f"run {i}" for i in range(7)}
     drawn = Curves("t", "s", [{"step": 60, name: 2.0} for name in runs], runs, {}).html()

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from nanochat_jax.eval.report import THEMES, Block
 from nanochat_jax.files import write_bytes
@@ -134,6 +135,8 @@ class Points(Plot):
         for label, line in self.lines.items():
             name = "_" if label in inks else label  # matplotlib's sign for no entry in the legend
             axes.plot(*line, "--", color=palette[inks.get(label, "ink")], label=name, linewidth=1)
+        low, high = axes.get_xlim()  # between two powers of ten there may be no third
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
         axes.xaxis.set_major_formatter("{x:.0e}")
         axes.xaxis.set_minor_formatter("")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
