@@ -5,14 +5,18 @@ import hashlib
 import json
 import math
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import telling
 
 # Dense bfloat16 FLOP/s by vendor's datasheet (T4: float16), matched as a part of jax's device_kind, in this order.
 PEAK_FLOPS = (
@@ -28,6 +32,7 @@ PEAK_FLOPS = (
     ("TPU v5", 459e12),
     ("TPU v4", 275e12),
 )
+FLUSH_SECONDS = 10.0  # between two looks at TensorBoard that show something new
 
 
 @functools.cache
@@ -60,36 +65,41 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, step: int = 0, wandb: dict[str, Any] | None = None) -> None:
         self.path = folder / "metrics.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with telling(f"cannot write metrics into {folder}"):
+            (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
             kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
             temporary = self.path.with_name(".metrics.jsonl.tmp")
             temporary.write_text("".join(kept))
             temporary.replace(self.path)
             self._file = self.path.open("a", buffering=1)
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
-        except OSError as error:
-            raise UserError(f"cannot write metrics into {folder}: {error.strerror}") from error
+            # Not its SummaryWriter, whose thread dies of a full disk, and all that is added then waits for ever.
+            self._events = EventsWriter(str(folder / "tensorboard" / "events"))
+            self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = time.monotonic()
         self._wandb = _start_wandb(folder, wandb) if wandb is not None else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log numbers of a step (1 is the first); what is not finite is logged as null."""
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        try:
+        with self._telling():
             self._file.write(json.dumps({"step": step, **record}) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror}; free some space, run again to go on"
-            ) from error
-        for name, value in record.items():
-            if value is not None:
-                self._tensorboard.add_scalar(name, value, step)
+            for name, value in record.items():
+                if value is not None:
+                    summary = scalar(name, value)
+                    self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
         if self._wandb is not None:
             self._wandb.log(record, step=step)
 
+    def _telling(self) -> AbstractContextManager[None]:
+        return telling(f"cannot write {self.path}", "; free some space, run again to go on")
+
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        with self._telling():
+            self._file.close()
+            self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
 

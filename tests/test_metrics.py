@@ -12,7 +12,8 @@ def test_records_are_read_back_and_what_is_not_finite_is_null(tmp_path):
         log.write(1, {"loss": 2.5})
         log.write(2, {"loss": math.nan, "grad_norm": math.inf})
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None, "grad_norm": None}]
-    assert list((tmp_path / "tensorboard").iterdir())
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"loss") == 1
 
 
 def test_a_resumed_log_forgets_what_came_after_its_step(tmp_path):
@@ -41,6 +42,14 @@ def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         MetricsLog(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_told_and_nothing_waits_for_it(tmp_path):
+    log = MetricsLog(tmp_path)
+    log._events._py_recordio_writer._writer = open("/dev/full", "wb", buffering=64)  # where there is never room
+    with pytest.raises(UserError, match="No space left on device; free some space"), log:
+        for step in range(100):
+            log.write(step, {f"loss {number}": 1.0 for number in range(100)})
 
 
 def test_wandb_is_asked_for_by_name_when_missing(tmp_path):
