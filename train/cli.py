@@ -42,6 +42,9 @@ def run[C](main: Callable[[C], Any], config_class: type[C]) -> None:
         if hosts().is_first():
             print(f"{stopped}. Run the same command to go on.", file=sys.stderr)
         sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception:
         if "jax" in sys.modules:
             hosts().crash()
