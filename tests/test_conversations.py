@@ -160,6 +160,13 @@ def test_rows_name_missing_fields():
         open_rows("csv:x")
 
 
+@pytest.mark.parametrize("suffix", ["gz", "xz", "zst"])
+def test_rows_that_cannot_be_decompressed(tmp_path, suffix):
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(b"not compressed")
+    with pytest.raises(UserError, match=rf"cannot read .*a\.jsonl\.{suffix}"):
+        open_rows(f"jsonl:{tmp_path}/a.jsonl.{suffix}")
+
+
 def test_held_out_share():
     assert 850 < sum(is_held_out(str(i), 0.1) for i in range(10_000)) < 1150
 

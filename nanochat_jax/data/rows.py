@@ -22,7 +22,7 @@ from nanochat_jax.data import hub
 from nanochat_jax.data.formats import matching_files, open_stream, place_and_name
 from nanochat_jax.data.sources import open_registered_tfds
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import as_path, staged
+from nanochat_jax.files import as_path, staged, telling
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,8 @@ def open_rows(spec: str) -> Sequence[Row]:
     kind, _, argument = spec.partition(":")
     if kind not in KINDS:
         raise UserError(f"unknown rows {spec!r}; kinds are {', '.join(f'{name}:' for name in KINDS)}")
-    try:
+    with telling(f"cannot read {spec}"):
         rows = KINDS[kind](argument)
-    except OSError as error:
-        raise UserError(f"{spec}: {error}") from error
     if not rows:
         raise UserError(f"{spec} holds no rows")
     return rows
