@@ -92,6 +92,13 @@ def test_validation_reads_all_in_order_and_pads_the_last_batch(numbered):
     assert (counted[COUNT:] == -1).all() and (counted[:COUNT] >= 0).all()
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 9])
+def test_validation_stops_after_exactly_the_rows_that_are_asked_for(numbered, batch_size):
+    found = [row for batch in validation_batches(numbered, batch_size, limit=7) for row in batch["targets"]]
+    whole = [row for batch in validation_batches(numbered, 7) for row in batch["targets"]][:7]
+    np.testing.assert_array_equal([row for row in found if (row >= 0).any()], whole)
+
+
 @pytest.mark.parametrize("hosts", [2, 3, 6])
 def test_validation_hosts_read_slices_of_one_global_batch(numbered, hosts):
     whole = [batch["targets"] for batch in validation_batches(numbered, 6)]

@@ -7,11 +7,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from nanochat_jax import sharding
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import OptimConfig
 from nanochat_jax.errors import UserError
@@ -21,7 +23,7 @@ from nanochat_jax.metrics import read_metrics
 from nanochat_jax.sampling import Sampling
 from nanochat_jax.sharding import MeshConfig
 from train import pretrain, sample
-from train.stage import ComputeConfig, RunConfig
+from train.stage import ComputeConfig, RunConfig, _steps
 
 STEPS = 12
 
@@ -199,6 +201,17 @@ def test_starting_anew_leaves_nothing_to_step_back_to(tiny_data, tmp_path):
 def test_a_folder_in_which_another_run_is_at_work_is_refused(tiny_data, tmp_path):
     with locked(tmp_path), pytest.raises(UserError, match="another process is at work"):
         pretrain.main(config(tiny_data, tmp_path))
+
+
+def test_no_more_batches_are_waited_for_than_steps_want():
+    def one_after_the_other(start, share):
+        for step in range(start, 5):
+            yield {"tokens": np.full((8, 4), step, np.int32)}
+        pytest.fail("waits for what is perhaps never prepared")
+
+    stage = SimpleNamespace(rollout=None, batches=one_after_the_other, steps=5)
+    _, found = _steps(stage, None, sharding.make_mesh(), 2, 1)
+    assert [int(batch["tokens"][0, 0, 0]) for batch in found] == [2, 3, 4]
 
 
 def test_a_folder_that_was_never_prepared_is_refused(tmp_path):

@@ -1,6 +1,5 @@
 """What every training stage does around its loss: open the run folder, resume, fit, save."""
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -236,8 +235,7 @@ def validation_hook(
     evaluate = make_evaluator(cfg, tokenizer.byte_lengths, compute, mesh)
 
     def run(step: int, train_state: state.TrainState) -> dict[str, float]:
-        everything = validation_batches(rows, batch_size, **sharding.host_share(mesh)._asdict())
-        some = islice(everything, math.ceil(limit / batch_size) or None)
+        some = validation_batches(rows, batch_size, limit=limit, **sharding.host_share(mesh)._asdict())
         measured = evaluate(train_state.params, (sharding.put_batch(mesh, batch) for batch in some))
         return {"val_bpb": measured.bpb, "val_loss": measured.loss}
 
@@ -261,7 +259,8 @@ def _steps(
     """The whole step, and what to feed it from a step on."""
     rollout = stage.rollout
     if rollout is None:
-        return train_step, _on_device(stage.batches(start, sharding.host_share(mesh)), mesh, accumulate)
+        wanted = islice(stage.batches(start, sharding.host_share(mesh)), stage.steps - start)  # none waited for in vain
+        return train_step, _on_device(wanted, mesh, accumulate)
 
     whole = HostShare(0, 1)  # every process asks the same, and answers with the others
 

@@ -84,17 +84,20 @@ def batches(
 
 
 def validation_batches(
-    rows: Rows, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    rows: Rows, batch_size: int, *, limit: int = 0, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Every row once, in order; rows that the last batch lacks have only targets of -1. Arguments as for `batches`.
+    """Every row once, or the first `limit`, in order; rows that the last batch lacks have only targets of -1.
+
+    Other arguments as for `batches`.
 
     Yields:
         As `batches`; each host equally many.
     """
     local = rows_per_process(batch_size, process_count)
-    for first in range(process_index * local, process_index * local + len(rows), batch_size):
-        batch = stack([rows.row(min(i, len(rows) - 1)) for i in range(first, first + local)])
-        batch["targets"][max(0, len(rows) - first) :] = -1
+    count = min(limit or len(rows), len(rows))
+    for first in range(process_index * local, process_index * local + count, batch_size):
+        batch = stack([rows.row(min(i, count - 1)) for i in range(first, first + local)])
+        batch["targets"][max(0, count - first) :] = -1
         yield batch
 
 
