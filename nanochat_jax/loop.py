@@ -181,8 +181,9 @@ def fit(
                 unread = None
             if stopped is not None:  # before the hooks: the time until the process is killed may be short
                 save(step, state)
+            run_hooks(step, due)  # also when stopped: who goes on from here begins with the next step
+            if stopped is not None:
                 raise Stopped(step, stopped)
-            run_hooks(step, due)
             if due:
                 clock.restart()
     return state

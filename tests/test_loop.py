@@ -85,12 +85,13 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     with pytest.raises(Stopped, match=signal.Signals(number).name) as stopped:
         run(
             tmp_path, batches(), steps=100, save=lambda step, state: saved.append((step, int(state.step))),
-            hooks=[Hook(4, lambda step, state: pytest.fail("a hook ran before the save"))],
+            hooks=[Hook(4, lambda step, state: {"saved_before": float(saved == [(step, int(state.step))])})],
         )  # fmt: skip
     assert saved == [(4, 4)]
+    assert read_metrics(tmp_path)[-1] == {"step": 4, "saved_before": 1.0}  # due, and no later run does it
     assert stopped.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 4]
 
 
 def test_it_runs_outside_the_main_thread(tmp_path):

@@ -46,7 +46,7 @@ def test_an_unwritable_folder_is_named(tmp_path):
 
 def test_a_full_disk_is_told_and_nothing_waits_for_it(tmp_path):
     log = MetricsLog(tmp_path)
-    log._events._py_recordio_writer._writer = open("/dev/full", "wb", buffering=64)  # where there is never room
+    log._events._py_recordio_writer._writer = open("/dev/full", "wb", buffering=64)  # noqa: SIM115
     with pytest.raises(UserError, match="No space left on device; free some space"), log:
         for step in range(100):
             log.write(step, {f"loss {number}": 1.0 for number in range(100)})
