@@ -162,7 +162,10 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return loaded
 
     def _first_good[T](self, step: int | None, load: Callable[[int], T]) -> T | None:
-        candidates = hosts.first(self.steps)[::-1] if step is None else [step]
+        there = hosts.first(self.steps)
+        if step is not None and there and step not in there:
+            raise UserError(f"no checkpoint of step {step:,} in {self.folder}: there are {', '.join(map(str, there))}")
+        candidates = there[::-1] if step is None else [step]
         for candidate in candidates:
             if candidate in self._damage:
                 continue

@@ -211,6 +211,8 @@ def test_nothing_saved_gives_none_and_leaves_no_folder(tmp_path: Path) -> None:
 
 def test_part_of_the_state_can_be_loaded_alone(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*: there are 1, 2$"):
+        Checkpoints(tmp_path).peek(step=7)
     checkpoint = Checkpoints(tmp_path).peek(step=1)
     assert checkpoint is not None and checkpoint.meta == META and checkpoint.tokenizer == TOKENIZER
     like = {"params": like_of(make_state()["params"], 4)}
