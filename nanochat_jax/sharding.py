@@ -124,12 +124,12 @@ def _is_whole_tiles(shape: tuple[int, ...], axis: int, cuts: int) -> bool:
 
 
 def split_tiles(params: Any) -> list[str]:
-    """Parameters (with shardings) that fsdp cuts through tiles: a TPU's compiler adds up whole ones to gather them."""
+    """Arrays (with shardings) that devices cut through tiles: a TPU's compiler adds up whole ones to gather them."""
     return [
         f"{'/'.join(_names(path))} {like.shape}"
         for path, like in jax.tree_util.tree_leaves_with_path(params)
         for axis, entry in enumerate(like.sharding.spec)
-        if "fsdp" in axes_of(entry)
+        if {"data", "fsdp"} & {*axes_of(entry)}
         and not _is_whole_tiles(like.shape, axis, math.prod(like.sharding.mesh.shape[name] for name in axes_of(entry)))
     ]
 

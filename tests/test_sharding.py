@@ -62,11 +62,18 @@ def test_tiles_that_fsdp_splits_are_found():
     mesh = AbstractMesh((1, 64, 1), sharding.AXES)
     shapes = {"q": (1536, 1536), "fc": (1536, 6144), "wte": (32768, 1536), "gate": (12, 12)}
     whole = NamedSharding(mesh, P(None, None))
+    copies = NamedSharding(AbstractMesh((64, 1, 1), sharding.AXES), P(None, None))
     params = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.cut(whole, shape, "fsdp"))
         for name, shape in shapes.items()
     }
-    assert sharding.split_tiles(params) == ["fc (1536, 6144)", "q (1536, 1536)"]  # 24 rows; 96 columns would not do
+    split = ["fc (1536, 6144)", "q (1536, 1536)"]  # 24 rows; 96 columns would not do
+    assert sharding.split_tiles(params) == split
+    moments = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.cut(copies, shape, "data"))
+        for name, shape in shapes.items()
+    }
+    assert sharding.split_tiles(moments) == split
 
 
 @pytest.mark.parametrize(

@@ -183,10 +183,15 @@ def _announce(config: Config, job: Job, length: Horizon) -> None:
         ),
         flush=True,
     )
-    if split := sharding.split_tiles(job.like().params):
+    params = job.like().params
+    if split := sharding.split_tiles(
+        jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, sharding.moment_shardings(params)
+        )
+    ):
         print(
-            f"careful: mesh.fsdp {mesh.shape['fsdp']} cuts {len(split)} matrices through tiles, such as {split[0]}: "
-            "the compiler may add up whole ones to gather them; fewer parts, and more of mesh.data, keep tiles whole",
+            f"careful: this mesh cuts the moments of {len(split)} matrices through tiles, such as {split[0]}: "
+            "the compiler may add up whole matrices to scatter and to gather them",
             flush=True,
         )
 
