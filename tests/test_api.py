@@ -4,9 +4,9 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from test_backend import held, pending, until
+from test_cli_chat import BABBLE, write_run
 
 from nanochat_jax.chat import render_prompt
 from nanochat_jax.errors import UserError
@@ -49,8 +50,12 @@ def running(app) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def backend(tiny_base):
-    backend = Backend(BackendConfig(checkpoint=tiny_base, slots=4, max_waiting=6))
+def backend(tiny_base, tmp_path_factory):
+    """The first model never ends of its own; the other knows all of Unicode."""
+    runs = tmp_path_factory.mktemp("runs")
+    write_run(runs / "demo" / "babble", BABBLE, "sft")
+    shutil.copytree(tiny_base, runs / "demo" / "base")
+    backend = Backend(BackendConfig(runs=runs, slots=4, max_waiting=6, context_len=128))
     backend.service()
     yield backend
     backend.close()
@@ -88,11 +93,13 @@ def post(url, model):
 
 
 def test_models_are_listed(client, model, url):
-    assert [(found.id, found.object) for found in client.models.list()] == [(model, "model")]
-    assert client.models.retrieve(model).model_extra["stage"] == "pretrain"
+    listed = [(found.id, found.object) for found in client.models.list()]
+    assert listed == [(model, "model"), ("demo/base", "model")]
+    assert client.models.retrieve(model).model_extra["stage"] == "sft"
     with pytest.raises(openai.NotFoundError, match="unknown model 'gpt-9'"):
         client.models.retrieve("gpt-9")
-    assert httpx.get(f"{url}/healthz").json() == {"status": "ok", "loaded": [model]}
+    health = httpx.get(f"{url}/healthz").json()
+    assert health["status"] == "ok" and model in health["loaded"]
 
 
 def test_chat_is_the_same_whole_and_streamed(client, model, backend):
@@ -100,8 +107,8 @@ def test_chat_is_the_same_whole_and_streamed(client, model, backend):
     answer = client.chat.completions.create(**how, top_logprobs=2)
     choice, prompt = answer.choices[0], render_prompt({"messages": HELLO}, backend.service().tokenizer)
     assert (choice.message.role, choice.message.refusal) == ("assistant", None)
-    assert choice.finish_reason in ("stop", "length") and answer.usage.prompt_tokens == len(prompt)
-    assert 0 < answer.usage.completion_tokens <= 12
+    assert choice.finish_reason == "length" and answer.usage.prompt_tokens == len(prompt)
+    assert answer.usage.completion_tokens == len(choice.message.content) == 12
     for token in choice.logprobs.content:
         assert token.logprob <= token.top_logprobs[0].logprob <= 0 and len(token.top_logprobs) == 2
     spoken = b"".join(bytes(token.bytes) for token in choice.logprobs.content)
@@ -277,12 +284,12 @@ def ended(backend, reason: str = "cancelled") -> int:
     return backend.service().stats()["finished"].get(reason, 0)
 
 
-def send(url: str, body: dict) -> socket.socket:
-    """A request, of which nothing is read."""
+def send(url: str, body: dict, missing: int = 0) -> socket.socket:
+    """A request, of whose answer nothing is read; it announces some bytes more than it sends."""
     host, port = url.removeprefix("http://").split(":")
     connection, content = socket.create_connection((host, int(port))), json.dumps(body)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+    connection.sendall(f"{head}Content-Length: {len(content) + missing}\r\n\r\n{content}".encode())
     return connection
 
 
@@ -293,14 +300,14 @@ def test_a_client_that_leaves_frees_its_slots(url, model, backend):
             with send(url, {"model": model, "messages": HELLO, "n": 3, "stream": stream}):
                 until(lambda: len(pending(service)) == count)  # noqa: B023
             until(lambda: all(handle.cancelled for handle in pending(service)))
-    until(lambda: not pending(service))  # those that had got on may also have come to an end of their own meanwhile
-    assert ended(backend) >= before + 3 and service.stats()["running"] == 0
+    until(lambda: not pending(service))
+    assert ended(backend) == before + 6 and service.stats()["running"] == 0
 
 
 def test_slow_readers_delay_nobody(url, post, model, backend):
-    finished = sum(backend.service().stats()["finished"].values())
+    finished = ended(backend, "length")
     with send(url, {"model": model, "messages": HELLO, "stream": True, "n": 8}):
-        until(lambda: sum(backend.service().stats()["finished"].values()) == finished + 8)
+        until(lambda: ended(backend, "length") == finished + 8)
         assert post(messages=HELLO, max_tokens=4).status_code == 200
 
 
@@ -334,24 +341,24 @@ def test_an_engine_that_fails_is_an_error_and_goes_on(post, backend, caplog):
         assert post(messages=HELLO, max_tokens=4).status_code == 200
 
 
-def test_a_key_a_size_a_time_and_a_rate(backend, model):
-    limits = Limits(body_bytes=1000, requests_per_minute=5, send_seconds=0.2)
+def test_a_key_a_size_and_a_rate(backend, model):
+    limits = Limits(body_bytes=1000, requests_per_minute=5)
     with running(create_app(backend, Clients(limits), "secret")) as url:
         path, body = f"{url}/v1/chat/completions", {"model": model, "messages": HELLO, "max_tokens": 2}
         for key in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "secret"}):
             refused = httpx.post(path, json=body, headers=key)
             assert refused.status_code == 401 and refused.json()["error"]["type"] == "authentication_error"
-
-        def never_ends() -> Iterator[bytes]:
-            yield b"{"
-            time.sleep(0.6)
-
         with httpx.Client(headers={"Authorization": "Bearer secret"}) as client:
             assert client.post(path, json=body | {"user": "x" * 1000}).status_code == 413
-            assert client.post(path, content=never_ends()).status_code == 408
             codes = [client.get(f"{url}/v1/models").status_code for _ in range(20)]
-            assert codes[0] == 200 and codes[-1] == 429
+            assert codes[0] == 200 and 429 in codes
             assert client.get(f"{url}/healthz").status_code == 200
+
+
+def test_who_takes_too_long_to_send_is_told(backend, model):
+    body = {"model": model, "messages": HELLO}
+    with running(create_app(backend, Clients(Limits(send_seconds=0.2)))) as url, send(url, body, missing=1) as sent:
+        assert sent.recv(1000).startswith(b"HTTP/1.1 408")
 
 
 def test_a_client_may_ask_so_much_at_once(backend, model):
@@ -369,14 +376,17 @@ def test_a_client_may_ask_so_much_at_once(backend, model):
 
 
 def test_numbers_for_prometheus(url, post, model):
+    def numbers() -> dict[str, str]:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")
+
     post(messages=HELLO, max_tokens=4)
     post(messages=[])
-    lines = dict(line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines() if line[0] != "#")
-    assert float(lines[f'nanochat_completion_tokens_total{{model="{model}"}}']) > 0
-    for status in (200, 400):
+    for status in (200, 400):  # counted once the answer is sent
         name = f'nanochat_http_requests_total{{path="/v1/chat/completions",status="{status}"}}'
-        assert float(lines[name]) > 0
-    assert lines[f'nanochat_running{{model="{model}"}}'] == "0.0"
+        until(lambda: float(numbers().get(name, 0)) > 0)  # noqa: B023
+    assert float(numbers()[f'nanochat_completion_tokens_total{{model="{model}"}}']) > 0
+    until(lambda: numbers()[f'nanochat_running{{model="{model}"}}'] == "0.0")
 
 
 def test_load_is_measured(url, tmp_path, capsys):
@@ -397,17 +407,17 @@ def test_load_is_measured(url, tmp_path, capsys):
 
 
 def test_a_stream_that_is_cut_off_counts_as_incomplete(url, backend, monkeypatch):
-    engine, step, steps = backend.service()._engine, backend.service()._engine.step, iter(range(1000))
+    engine, step = backend.service()._engine, backend.service()._engine.step
 
     def fail() -> list[Output]:
-        if next(steps) % 2:
+        if any(one.room <= 8 for one in engine._running.values()):
             raise RuntimeError("out of luck")
         return step()
 
     monkeypatch.setattr(engine, "step", fail)
-    config = loadtest.Config(url=url, users=(2,), seconds=0.3, warm_up_seconds=0, max_tokens=30)
+    config = loadtest.Config(url=url, users=(2,), seconds=0.3, warm_up_seconds=0, max_tokens=40)
     [one] = asyncio.run(loadtest.measure(config))["rounds"]
-    assert one["incomplete"] > 0 and "out of luck" in one["errors"][0]
+    assert one["incomplete"] > 0 and any("out of luck" in error for error in one["errors"])
 
 
 @settings(max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -419,11 +429,11 @@ def try_operation(operation, mode, model, data):
     case.call_and_validate(excluded_checks=[positive_data_acceptance])  # roles may be out of order, texts too long
 
 
-def test_fuzzed_requests_get_what_the_openapi_document_says(url, model):
+def test_fuzzed_requests_get_what_the_openapi_document_says(url):
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operations = [operation.ok() for operation in schema.get_all_operations()]
     assert len(operations) == 6
     for operation in operations:
-        try_operation(operation, GenerationMode.POSITIVE, model)
+        try_operation(operation, GenerationMode.POSITIVE, "demo/base")
         if operation.body:
-            try_operation(operation, GenerationMode.NEGATIVE, model)
+            try_operation(operation, GenerationMode.NEGATIVE, "demo/base")

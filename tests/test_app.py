@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import openai
 import pytest
 from playwright import sync_api
 from test_backend import held, until
-from test_cli_chat import CALL, runs  # noqa: F401
+from test_cli_chat import CALL, runs, stalled  # noqa: F401
 
 from nanochat_jax.data.preference import open_pairs
 from nanochat_jax.engine import Engine
@@ -139,9 +138,8 @@ def visitor(browser, server):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Answers take a while, as those of larger models do."""
-    step = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda self: (time.sleep(0.2), step(self))[1])
+    """Answers take their time, and those of a model that would never end wait for somebody to stop them."""
+    monkeypatch.setattr(Engine, "step", stalled(Engine.step))
 
 
 def test_a_conversation_with_a_tool_is_shown_timed_and_kept_over_a_reload(visitor):

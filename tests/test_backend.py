@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_cli_chat import BABBLE, write_run
 
 from nanochat_jax.chat import conversation, render_prompt
 from nanochat_jax.checkpoint import Checkpoints
@@ -48,10 +48,10 @@ user = ["headache"]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_base, tmp_path_factory) -> Path:
+def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    shutil.copytree(tiny_base, folder / "demo" / "base")
-    shutil.copytree(tiny_base, folder / "other")
+    write_run(folder / "demo" / "base", BABBLE, "pretrain")
+    write_run(folder / "other", BABBLE, "pretrain")
     (folder / "broken" / "checkpoints" / "5").mkdir(parents=True)
     (folder / "empty" / "checkpoints").mkdir(parents=True)
     return folder
@@ -108,7 +108,7 @@ def test_good_checkpoints_are_found_and_others_passed_over(backend, runs, caplog
         assert sorted(model.name for model in backend.models()) == ["demo/base", "other"]
     assert "broken" in caplog.text and "empty" not in caplog.text
     (model, *_) = [model for model in backend.models() if model.name == "demo/base"]
-    assert (model.folder, model.stage, model.step, model.is_chat) == (runs / "demo/base", "pretrain", 2, False)
+    assert (model.folder, model.stage, model.step, model.is_chat) == (runs / "demo/base", "pretrain", 1, False)
     with pytest.raises(UserError, match=r"unknown model 'demo/rl'; there are .*demo/base"):
         backend.service("demo/rl")
     with pytest.raises(UserError, match=r"bash train/demo\.sh"):
@@ -133,13 +133,13 @@ def test_later_stages_come_first(runs, tmp_path):
 
 def test_the_model_used_longest_ago_goes_unless_it_is_busy(backend):
     first = backend.service("other")
-    assert backend.service("other") is first and backend.loaded("other").step == 2
+    assert backend.service("other") is first and backend.loaded("other").step == 1
     with held(first):
         handle = first.submit(Request([1], 50))
         with pytest.raises(Busy, match="1 models are loaded and busy"):
             backend.service("demo/base")
     handle.cancel()
-    assert list(handle)[-1].finish_reason in ("cancelled", "stop", "length")
+    assert list(handle)[-1].finish_reason == "cancelled"
     second = backend.service("demo/base")
     assert list(backend.stats()) == ["demo/base"]
     with pytest.raises(UserError, match="closed"):
@@ -234,8 +234,14 @@ def test_tool_calls_keep_their_place(backend):
     )
 
 
-def test_leaving_early_cancels(backend):
-    service = backend.service()
+def test_leaving_early_cancels(backend, monkeypatch):
+    service, begun, left = backend.service(), threading.Event(), threading.Event()
+    submit = service.submit
+
+    def submit_late(*args, **options) -> Handle:
+        begun.set()
+        left.wait(300)
+        return submit(*args, **options)
 
     async def leave() -> None:
         stream = backend.chat(conversation("hello"))
@@ -244,19 +250,24 @@ def test_leaving_early_cancels(backend):
 
     async def leave_before_the_first() -> None:
         task = asyncio.create_task(anext(backend.chat(conversation("hello"))))
-        await asyncio.sleep(0)
+        await asyncio.to_thread(begun.wait, 300)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    cancelled = service.stats()["finished"].get("cancelled", 0)
+    def cancelled() -> int:
+        return service.stats()["finished"].get("cancelled", 0)
+
+    before = cancelled()
     with held(service):
         asyncio.run(leave())
-    until(lambda: service.stats()["finished"].get("cancelled", 0) == cancelled + 1)
+    until(lambda: cancelled() == before + 1)
     with held(service):
+        monkeypatch.setattr(service, "submit", submit_late)
         asyncio.run(leave_before_the_first())
-        time.sleep(0.1)
-        until(lambda: all(handle.cancelled for handle in pending(service)))
+        left.set()
+        until(lambda: cancelled() == before + 2 or [handle.cancelled for handle in pending(service)] == [True])
+    until(lambda: cancelled() == before + 2)
     until(lambda: service.stats()["running"] == service.stats()["waiting"] == 0)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from nanochat_jax import model
@@ -24,6 +25,7 @@ from nanochat_jax.config import ModelConfig, to_json
 from nanochat_jax.engine import Engine
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute
+from nanochat_jax.requests import Output
 from serve import cli
 from serve.backend import Backend
 from serve.models import BackendConfig
@@ -43,17 +45,33 @@ def chain(*tokens: int | str) -> dict[int, int]:
     return dict(itertools.pairwise(flat))
 
 
-def write_run(folder: Path, successor: dict[int, int], stage: str) -> None:
-    """A checkpoint whose model's next token is a function of the last one: blocks add nothing, the head is a table."""
+def write_run(folder: Path, successors: dict[int, int | list[int]], stage: str) -> None:
+    """A checkpoint whose model knows what may follow each token, all equally likely: blocks add nothing to the head."""
     params = model.init_params(jax.random.key(0), CFG, Compute())
     params["wte"] = 5 * jnp.eye(*params["wte"].shape, dtype=params["wte"].dtype)
-    params["lm_head"] = jnp.zeros_like(params["lm_head"])
-    for token, following in successor.items():
-        params["lm_head"] = params["lm_head"].at[token, following].set(4.0)
+    head = np.zeros(params["lm_head"].shape)
+    for token, following in successors.items():
+        head[token, following] = 4.0
+    params["lm_head"] = jnp.asarray(head, params["lm_head"].dtype)
     recipe = {"model": to_json(CFG), "tokenizer": TOKENIZER.sha256, "compute_dtype": "float32"}
     meta = {"stage": stage, "recipe": recipe, "records": 0}
     with Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": params}, meta=meta, tokenizer=TOKENIZER.to_bytes())
+
+
+# Short words without end, others for each seed.
+BABBLE = dict.fromkeys(range(TOKENIZER.vocab_size), TOKENIZER.encode("abcd "))
+
+
+def stalled(step):
+    """An engine's step that gets no answer beyond some words: whoever does not wait for its end has to stop it."""
+
+    def stalling(self: Engine) -> list[Output]:
+        time.sleep(0.05)
+        said = [self.context_len - len(one.prompt) - one.room for one in self._running.values()]
+        return [] if max(said, default=0) > 64 else step(self)
+
+    return stalling
 
 
 @pytest.fixture(scope="session")
@@ -210,17 +228,12 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(runs, warm, monkeypatch)
 
     def idle(chat, rest):
         """wait for the slot"""
-        service, deadline = chat.backend.service(chat.model), time.monotonic() + 20
-        while service.stats()["running"] and time.monotonic() < deadline:
+        service = chat.backend.service(chat.model)
+        while service.stats()["running"]:
             time.sleep(0.01)
         stats.update(service.stats())
 
-    def unhurried(self):
-        time.sleep(0.02)  # as a model that takes its time: this one could be done before the signal arrives
-        return step(self)
-
-    step = Engine.step
-    monkeypatch.setattr(Engine, "step", unhurried)
+    monkeypatch.setattr(Engine, "step", stalled(Engine.step))
     monkeypatch.setattr(cli.Printer, "write", interrupted)
     monkeypatch.setitem(cli.COMMANDS, "/idle", ("", idle))
     Terminal(monkeypatch, "hello", "/idle")
