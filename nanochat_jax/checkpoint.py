@@ -26,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 
 from nanochat_jax import hosts
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import as_path, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """
 
     def __init__(self, folder: epath.PathLike, *, keep_newest: int = 2, keep_best: str | None = "val_bpb") -> None:
-        self.folder = epath.Path(folder).absolute()
+        path = as_path(folder)
+        self.folder = epath.Path(path if is_remote(path) else path.absolute())  # epath makes gs://… a folder of here
         self.keep_newest, self.keep_best = keep_newest, keep_best
         self._pending: tuple[int, ocp.AsyncResponse[None]] | None = None
         self._current: int | None = None  # the step saved or restored last

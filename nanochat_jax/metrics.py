@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import telling
+from nanochat_jax.files import CACHE, is_remote, telling
 
 # Dense bfloat16 FLOP/s by vendor's datasheet (T4: float16), matched as a part of jax's device_kind, in this order.
 PEAK_FLOPS = (
@@ -65,16 +65,18 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, step: int = 0, wandb: dict[str, Any] | None = None) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path, self._folder = folder / "metrics.jsonl", folder
+        # In a bucket nothing can be added to an object: files grow on disk, and are copied there whole.
+        name = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
+        self._local = CACHE / "metrics" / name if is_remote(folder) else folder
         with telling(f"cannot write metrics into {folder}"):
-            (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+            (self._local / "tensorboard").mkdir(parents=True, exist_ok=True)
             kept = [json.dumps(record) + "\n" for record in read_metrics(folder) if record["step"] <= step]
-            temporary = self.path.with_name(".metrics.jsonl.tmp")
+            temporary = self._local / ".metrics.jsonl.tmp"
             temporary.write_text("".join(kept))
-            temporary.replace(self.path)
-            self._file = self.path.open("a", buffering=1)
+            self._file = temporary.replace(self._local / "metrics.jsonl").open("a", buffering=1)
             # Not its SummaryWriter, whose thread dies of a full disk, and all that is added then waits for ever.
-            self._events = EventsWriter(str(folder / "tensorboard" / "events"))
+            self._events = EventsWriter(str(self._local / "tensorboard" / "events"))
             self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._flushed = time.monotonic()
         self._wandb = _start_wandb(folder, wandb) if wandb is not None else None
@@ -90,6 +92,7 @@ class MetricsLog:
                     self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._events.flush()
+                self._copy()
                 self._flushed = time.monotonic()
         if self._wandb is not None:
             self._wandb.log(record, step=step)
@@ -97,10 +100,16 @@ class MetricsLog:
     def _telling(self) -> AbstractContextManager[None]:
         return telling(f"cannot write {self.path}", "; free some space, run again to go on")
 
+    def _copy(self) -> None:
+        if self._local != self._folder:
+            for file in (Path(self._file.name), Path(self._events._file_name)):
+                (self._folder / file.relative_to(self._local)).write_bytes(file.read_bytes())
+
     def close(self) -> None:
         with self._telling():
             self._file.close()
             self._events.close()
+            self._copy()
         if self._wandb is not None:
             self._wandb.finish()
 

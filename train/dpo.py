@@ -24,7 +24,7 @@ from nanochat_jax.config import Architecture
 from nanochat_jax.data.batches import Batch, batches, validation_batches
 from nanochat_jax.data.preference import PairRows, render_pairs, split_pairs
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import replacing
+from nanochat_jax.files import as_path, replacing
 from nanochat_jax.layers import Compute
 from nanochat_jax.load import load_model
 from nanochat_jax.loop import Hook
@@ -118,7 +118,7 @@ def main(config: Config) -> TrainState:
             return [score(params, part) for part in rows]
 
         made_of = [base.fingerprint, compute, *(part.fingerprint for part in rows)]
-        scores = stored_scores(config.run.out / "reference.npz", made_of, compute_them)
+        scores = stored_scores(as_path(config.run.out) / "reference.npz", made_of, compute_them)
         return [replace(part, reference_P2=found_P2) for part, found_P2 in zip(rows, scores, strict=True)]
 
     def feed(step: int, share: HostShare) -> Iterator[Batch]:
@@ -218,7 +218,7 @@ def stored_scores(path: Path, made_of: object, compute: Callable[[], list[np.nda
 
 def _read_scores(path: Path, fingerprint: str) -> list[list[list[float]]]:
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:
             if str(stored["fingerprint"]) == fingerprint:
                 return [stored[f"scores_{number}"].tolist() for number in range(len(stored) - 1)]
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):

@@ -17,7 +17,7 @@ from nanochat_jax.config import Architecture, differences, to_json, write_json
 from nanochat_jax.data.batches import Batch, Rows, validation_batches
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval.bpb import make_evaluator
-from nanochat_jax.files import locked
+from nanochat_jax.files import as_path, locked
 from nanochat_jax.layers import Compute, default_compute
 from nanochat_jax.loop import Hook, StopSignal, Units, fit
 from nanochat_jax.memory import explained
@@ -148,17 +148,17 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
     Returns:
         The final state and the mesh that it lies on.
     """
-    recipe = to_json(stage.recipe)
+    recipe, out = to_json(stage.recipe), as_path(run.out)
     hosts.agree(config=command, recipe=recipe, tokenizer=stage.tokenizer.sha256)
     mesh = stage_mesh(run, stage.cfg, stage.compute, stage.tx, stage.rows_per_step)
     micro_rows(stage.rows_per_step, run.micro_batch, mesh)  # if it cannot be shared, say so before anything is done
     like = abstract_state(stage.cfg, stage.compute, stage.tx, mesh)
     with (
         sharding.on(mesh),
-        hosts.first_holds(locked(run.out)),
+        hosts.first_holds(locked(out)),
         explained(SPREAD),
         StopSignal().listening() as stop,  # the outer one: a signal must not cut the last save short
-        Checkpoints(run.out / "checkpoints", keep_newest=run.keep_newest) as checkpoints,
+        Checkpoints(out / "checkpoints", keep_newest=run.keep_newest) as checkpoints,
     ):
         if run.resume == "never":
             hosts.first(lambda: checkpoints.set_aside(checkpoints.steps()))
@@ -171,8 +171,8 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
             return train_state, mesh
         sized = _size(stage, run, like, mesh)
         command = replace(command, run=replace(run, micro_batch=sized.rows))
-        hosts.first(lambda: write_json(run.out / "config.json", command))
-        if not all(hosts.gather((run.out / "config.json").exists())):
+        hosts.first(lambda: write_json(out / "config.json", command))
+        if not all(hosts.gather((out / "config.json").exists())):
             raise UserError(f"{run.out} is not the same folder for all processes: it must be shared, or in a bucket")
         measured: dict[int, dict[str, float]] = {}  # by step: a checkpoint claims only what was measured on it
 
@@ -199,7 +199,7 @@ def run_stage(stage: Stage, run: RunConfig, command: Any) -> tuple[state.TrainSt
         log_of = MetricsLog if hosts.is_first() else NoLog
         with (
             explained(sized.advice),
-            log_of(run.out, step=start or -1, wandb=wandb) as log,  # what is measured at step 0 is measured anew
+            log_of(out, step=start or -1, wandb=wandb) as log,  # what is measured at step 0 is measured anew
         ):
             train_state = fit(
                 train_state,
