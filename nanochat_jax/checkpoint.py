@@ -206,8 +206,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def _prune(self) -> None:
         steps = self.steps()
         for step in set(steps) - {*steps[-self.keep_newest :], self.best()}:
-            # Renamed first: a half-deleted folder must not look like a checkpoint.
-            (self.folder / str(step)).rename(self.folder / f"{step}{_DEBRIS}").rmtree()
+            path = self.folder / str(step)
+            # A half-deleted folder must not look like a good checkpoint. Buckets rename by copying each object.
+            if is_remote(path):
+                (path / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+            else:
+                path = path.rename(self.folder / f"{step}{_DEBRIS}")
+            path.rmtree()
 
 
 @contextlib.contextmanager
