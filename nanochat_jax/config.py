@@ -197,7 +197,7 @@ def horizon(
         ("batch_tokens", batch_tokens),
         ("lr_scale", lr_scale),
     ):
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"horizon: {name}={value} must be positive")
     reference = from_depth(REFERENCE_DEPTH, vocab_size=cfg.vocab_size, sequence_len=cfg.sequence_len)
     target = int(ratio * _scaling_params(cfg))
@@ -246,8 +246,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in (*LEARNING_RATES, "warmup_steps", "momentum_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optim: {name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"optim: {name}={getattr(self, name)} must be a number from 0 on")
         if len(self.momentum) != 3 or not all(0 <= value < 1 for value in self.momentum):
             raise UserError(f"optim: momentum={self.momentum} must be three numbers from 0 to below 1")
         for name in ("warmdown_fraction", "final_lr_fraction"):
@@ -268,6 +268,8 @@ def to_json(config: Any) -> Any:
 
 def from_json[T](cls: type[T], values: Any, where: str = "config") -> T:
     """Build a dataclass from what to_json gave; an unknown or missing key is a UserError that names it."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {values!r} should be an object")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
     if unknown := set(values) - set(fields):

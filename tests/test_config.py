@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def test_horizon_can_be_set_by_hand():
     assert (length.steps, length.batch_tokens, length.lr_scale) == (10, 2**17, 0.5)
 
 
-@pytest.mark.parametrize("bad", [{"ratio": 0.0}, {"steps": 0}, {"batch_tokens": -1}, {"ratio": 1e-6}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"ratio": 0.0}, {"ratio": math.nan}, {"lr_scale": math.inf}, {"steps": 0}, {"batch_tokens": -1}, {"ratio": 1e-6}],
+)
 def test_impossible_horizons_are_refused(bad):
     with pytest.raises(UserError):
         horizon(from_depth(4), **bad)
@@ -64,6 +68,8 @@ def test_impossible_horizons_are_refused(bad):
 def test_optimizer_settings_are_checked():
     with pytest.raises(UserError, match="warmdown_fraction=2"):
         OptimConfig(warmdown_fraction=2)
+    with pytest.raises(UserError, match="matrix_lr=nan"):
+        OptimConfig(matrix_lr=math.nan)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ def test_json_round_trip():
 def test_json_with_unknown_or_missing_keys_is_refused():
     with pytest.raises(UserError, match=r"config\.inner: unknown key 'matrx_lr'"):
         from_json(Outer, {"path": "x", "inner": {"matrx_lr": 1.0}})
+    with pytest.raises(UserError, match=r"config\.inner: None should be an object"):
+        from_json(Outer, {"path": "x", "inner": None})
     with pytest.raises(UserError, match="'path' is missing"):
         from_json(Outer, {})
     with pytest.raises(UserError, match=r"config\.inner\.matrix_lr: 'high' should be of type float"):
