@@ -11,7 +11,7 @@ from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.files import as_path
 from nanochat_jax.load import load_model
 from nanochat_jax.metrics import MetricsLog, read_metrics
-from train import pretrain
+from train import evaluate, pretrain
 from train.pretrain import ModelArgs
 from train.stage import RunConfig
 
@@ -49,3 +49,6 @@ def test_a_run_is_the_same_as_on_a_disk_and_its_model_loads(tiny_data, folder, t
     assert [r["step"] for r in read_metrics(as_path(folder)) if "loss" in r] == [1, 2, 3, 4]
     loaded = load_model(folder)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, whole.params)
+    evaluation = evaluate.main(evaluate.Config(folder, data=str(tiny_data), suite="bpb"))
+    assert evaluate.main(evaluate.Config(folder, data=str(tiny_data), suite="bpb")) == evaluation  # found, not made
+    assert (as_path(folder) / "evaluation.json").exists()

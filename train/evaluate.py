@@ -18,6 +18,7 @@ from typing import Any
 from nanochat_jax import hosts, sharding
 from nanochat_jax.config import to_json, write_json
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import as_path
 from nanochat_jax.load import load_model
 from nanochat_jax.sharding import MeshConfig
 from train import cli
@@ -75,7 +76,7 @@ def main(config: Config) -> dict[str, Any]:
     hosts.agree(config=config)
     mesh = sharding.make_mesh(config.mesh)
     loaded = load_model(config.checkpoint, step=config.step, mesh=mesh)
-    path, is_first = config.checkpoint / "evaluation.json", hosts.is_first()
+    path, is_first = as_path(config.checkpoint) / "evaluation.json", hosts.is_first()
     identity = {"step": loaded.step, "fingerprint": loaded.stored.fingerprint}
     suites = hosts.first(lambda: _stored(path, identity))
     evaluation = {"config": to_json(config), **identity, "suites": suites}
