@@ -1,27 +1,34 @@
 """Several processes are one run: real ones, with jax.distributed over gloo, eight devices in all."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import every_stage
 import jax
 import numpy as np
 import pytest
+from test_core import make_bundle
 
+from nanochat_jax.chat import conversation
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import OptimConfig
 from nanochat_jax.load import load_model
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.sharding import MeshConfig
-from train import pretrain
+from train import pretrain, sft
 from train.stage import RunConfig
 
 ROOT = Path(__file__).parents[1]
 STEPS = 10
+TIMES = "second|mfu"
 CACHE = os.environ.get("NANOCHAT_TEST_CACHE", "/tmp/nanochat_jax_test_cache")
 
 
@@ -75,16 +82,25 @@ def whole(tiny_data, tmp_path_factory) -> Path:
 
 
 def check_alike(out: Path, whole: Path) -> None:
-    """Losses, validation and parameters, in float32: sums over other links are added in another order."""
-    for name in ("loss", "val_bpb", "val_loss"):
-        found, wanted = (
-            [(record["step"], record[name]) for record in read_metrics(folder) if name in record]
-            for folder in (out, whole)
-        )
-        assert [step for step, _ in found] == [step for step, _ in wanted]
-        np.testing.assert_allclose([x for _, x in found], [x for _, x in wanted], rtol=1e-5)
+    """All that is measured, and the parameters, in float32: sums over other links are added in another order."""
+    check_close(read_metrics(out), read_metrics(whole))
     found, wanted = (jax.device_get(load_model(folder).params) for folder in (out, whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+
+
+def check_close(found: Any, wanted: Any) -> None:
+    """The same JSON, but for how long things took, and the rounding of numbers."""
+    if isinstance(wanted, dict):
+        found, wanted = ({name: x for name, x in each.items() if not re.search(TIMES, name)} for each in (found, wanted))
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            check_close(found[name], wanted[name])
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            check_close(one, other)
+    else:
+        assert found == (pytest.approx(wanted, rel=1e-4, abs=1e-6) if isinstance(wanted, float) else wanted)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -149,3 +165,49 @@ def test_a_folder_in_use_is_refused_by_all(tiny_data, tmp_path):
     with locked(tmp_path):
         _, errors = finish(launch(2, *pretrain_command(tiny_data, tmp_path)), code=2)
     assert errors.count("error: another process is at work") == 1
+
+
+@pytest.fixture(scope="module")
+def given(tiny_base, tmp_path_factory) -> tuple[Path, Path, Path]:
+    """What every_stage starts from: a run, one that has learnt two answers to each question, and CORE's files."""
+    folder = tmp_path_factory.mktemp("given")
+    asked = [example.prompt["messages"][0]["content"] for example in every_stage.toy("").examples("train")]
+    chats = [conversation(question, answer) for question in asked for answer in every_stage.ANSWERS]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    run, mix = RunConfig(out=folder / "unsure", save_every=0, eval_every=0), f"jsonl:{folder}/chats.jsonl"
+    sft.main(sft.Config(tiny_base, run, mix, steps=60, batch_tokens=1024, prompts=(), eval_rows=8))
+    return tiny_base, folder / "unsure", make_bundle(folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def stages(given, tmp_path_factory) -> tuple[Path, Path]:
+    """Every stage in two processes, and in one."""
+    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    process = launch(2, "every_stage", *map(str, (*given, two)))
+    every_stage.main(*given, one)
+    out, _ = finish(process)
+    assert out.count("starting at step 0 on 8") == len(every_stage.STAGES)  # nothing is said twice
+    return two, one
+
+
+def test_several_processes_make_pairs_like_one(stages):
+    two, one = (folder / "pairs.jsonl" for folder in stages)
+    assert two.read_bytes() == one.read_bytes()
+
+
+@pytest.mark.parametrize("stage", every_stage.STAGES)
+def test_several_processes_fine_tune_like_one_which_goes_on_from_theirs(given, stages, tmp_path, stage):
+    two, one = (folder / stage for folder in stages)
+    check_alike(two, one)
+    shutil.copytree(two, tmp_path / stage)
+    shutil.copy(two.parent / "pairs.jsonl", tmp_path)
+    shutil.rmtree(tmp_path / stage / "checkpoints" / str(every_stage.STEPS))
+    every_stage.tune(stage, *given[:2], tmp_path)
+    check_alike(tmp_path / stage, one)
+
+
+def test_several_processes_measure_and_sample_like_one(stages):
+    """With rows shared by the processes, and with each row computed by both."""
+    two, one = (json.loads((folder / "results.json").read_text()) for folder in stages)
+    check_close(two, one)
+    check_close(two["tensor"]["core"], one["data"]["core"])

@@ -8,10 +8,12 @@ The same seed gives the same text.
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nanochat_jax import hosts, sharding
 from nanochat_jax.errors import UserError
 from nanochat_jax.generate import continue_texts
 from nanochat_jax.load import load_model
 from nanochat_jax.sampling import Sampling
+from nanochat_jax.sharding import MeshConfig
 from train import cli
 
 
@@ -29,10 +31,13 @@ class Config:
     step: int | None = None
     """Checkpoint to use; default: the newest good one."""
 
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
 
 def main(config: Config) -> list[str]:
     """Print and return the samples, prompt included."""
-    loaded = load_model(config.checkpoint, step=config.step)
+    hosts.agree(config=config)
+    loaded = load_model(config.checkpoint, step=config.step, mesh=sharding.make_mesh(config.mesh))
     if config.n < 1:
         raise UserError(f"n={config.n} must be at least 1")
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]

@@ -18,7 +18,6 @@ import numpy as np
 from nanochat_jax import model, sharding
 from nanochat_jax.cache import EmptyCache, init_cache
 from nanochat_jax.config import Architecture
-from nanochat_jax.data.batches import rows_per_process
 from nanochat_jax.eval.bpb import delayed
 from nanochat_jax.eval.prompts import Choices
 from nanochat_jax.generate import in_dtype
@@ -151,10 +150,8 @@ class Scorer:
 
     def _run(self, shape: Shape, items: Sequence[Choices], members: Sequence[Row]) -> tuple[jax.Array, jax.Array]:
         size = self.rows_of(shape)
-        local = rows_per_process(size, jax.process_count())
-        first = jax.process_index() * local
-        batch = _fill(shape, local, [(items[row.item], row.first) for row in members[first : first + local]])
-        placed = sharding.put_batch(self._mesh, batch)
+        batch = _fill(shape, size, [(items[row.item], row.first) for row in members])
+        placed = sharding.put_batch(self._mesh, sharding.host_rows(self._mesh, batch))
         if (shape, size) not in self._programs:  # compiled ahead, so that an unforeseen shape is an error and no pause
             self._programs[shape, size] = self._jitted.lower(self._params, placed, shape=shape).compile()
         return self._programs[shape, size](self._params, placed)
