@@ -82,6 +82,9 @@ def join() -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot join the other processes ({reason}); see docs/multihost.md") from error
+    if jax.default_backend() == "cpu":
+        # Only the first process would find its programs again, and not wait until the others have compiled theirs.
+        jax.config.update("jax_enable_compilation_cache", False)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,6 @@ from train.stage import RunConfig
 ROOT = Path(__file__).parents[1]
 STEPS = 10
 TIMES = "second|mfu"
-CACHE = os.environ.get("NANOCHAT_TEST_CACHE", "/tmp/nanochat_jax_test_cache")
 
 
 def launch(processes: int, *command: str, **environment: str) -> subprocess.Popen:
@@ -38,8 +39,6 @@ def launch(processes: int, *command: str, **environment: str) -> subprocess.Pope
         env=os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
-            "JAX_COMPILATION_CACHE_DIR": f"{CACHE}_{processes}",  # a program is of its number of processes
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             **environment,
         },
@@ -91,7 +90,9 @@ def check_alike(out: Path, whole: Path) -> None:
 def check_close(found: Any, wanted: Any) -> None:
     """The same JSON, but for how long things took, and the rounding of numbers."""
     if isinstance(wanted, dict):
-        found, wanted = ({name: x for name, x in each.items() if not re.search(TIMES, name)} for each in (found, wanted))
+        found, wanted = (
+            {name: x for name, x in each.items() if not re.search(TIMES, name)} for each in (found, wanted)
+        )
         assert found.keys() == wanted.keys()
         for name in wanted:
             check_close(found[name], wanted[name])
@@ -180,34 +181,39 @@ def given(tiny_base, tmp_path_factory) -> tuple[Path, Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def stages(given, tmp_path_factory) -> tuple[Path, Path]:
-    """Every stage in two processes, and in one."""
-    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    process = launch(2, "every_stage", *map(str, (*given, two)))
-    every_stage.main(*given, one)
-    out, _ = finish(process)
-    assert out.count("starting at step 0 on 8") == len(every_stage.STAGES)  # nothing is said twice
-    return two, one
+def in_two_and_one(given, tmp_path_factory) -> Callable[[tuple[str, ...]], tuple[Path, Path]]:
+    """What stages make in two processes, and in one."""
+
+    @cache
+    def run(stages: tuple[str, ...]) -> tuple[Path, Path]:
+        two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+        process = launch(2, "every_stage", *map(str, (*given, two)), ",".join(stages))
+        every_stage.main(*given, one, stages)
+        out, _ = finish(process)
+        assert out.count("starting at step 0 on 8") == len({"sft", "dpo", "rl"} & {*stages})  # nothing is said twice
+        return two, one
+
+    return run
 
 
-def test_several_processes_make_pairs_like_one(stages):
-    two, one = (folder / "pairs.jsonl" for folder in stages)
+def test_several_processes_make_pairs_like_one(in_two_and_one):
+    two, one = (folder / "pairs.jsonl" for folder in in_two_and_one(every_stage.QUICK))
     assert two.read_bytes() == one.read_bytes()
 
 
-@pytest.mark.parametrize("stage", every_stage.STAGES)
-def test_several_processes_fine_tune_like_one_which_goes_on_from_theirs(given, stages, tmp_path, stage):
-    two, one = (folder / stage for folder in stages)
-    check_alike(two, one)
-    shutil.copytree(two, tmp_path / stage)
-    shutil.copy(two.parent / "pairs.jsonl", tmp_path)
-    shutil.rmtree(tmp_path / stage / "checkpoints" / str(every_stage.STEPS))
-    every_stage.tune(stage, *given[:2], tmp_path)
-    check_alike(tmp_path / stage, one)
+@pytest.mark.parametrize("stage", ["dpo", *(pytest.param(stage, marks=pytest.mark.slow) for stage in every_stage.SLOW)])
+def test_several_processes_fine_tune_like_one_which_goes_on_from_theirs(given, in_two_and_one, tmp_path, stage):
+    two, one = in_two_and_one(every_stage.QUICK if stage in every_stage.QUICK else every_stage.SLOW)
+    check_alike(two / stage, one / stage)
+    again = shutil.copytree(two, tmp_path / "again")
+    shutil.rmtree(again / stage / "checkpoints" / str(every_stage.STEPS))
+    every_stage.main(*given, again, (stage,))
+    check_alike(again / stage, one / stage)
 
 
-def test_several_processes_measure_and_sample_like_one(stages):
+def test_several_processes_measure_and_sample_like_one(in_two_and_one):
     """With rows shared by the processes, and with each row computed by both."""
-    two, one = (json.loads((folder / "results.json").read_text()) for folder in stages)
+    folders = in_two_and_one(every_stage.QUICK)
+    two, one = (json.loads((folder / "measured.json").read_text()) for folder in folders)
     check_close(two, one)
     check_close(two["tensor"]["core"], one["data"]["core"])

@@ -3,13 +3,16 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from test_state import Trainer, batch, largest_error
 
-from nanochat_jax import model, optim, sharding, state
+from nanochat_jax import gram, model, muon, optim, sharding, state
 from nanochat_jax.config import Horizon, ModelConfig, OptimConfig, from_depth
 from nanochat_jax.layers import Compute
 from nanochat_jax.profile import Collective, collectives
@@ -94,6 +97,43 @@ def test_devices_say_no_more_than_they_must(run):
     # All that is not cut goes in a few sums, with loss and counts; and the gradients' norm.
     largest = max((c.bytes for c in run.said if c.kind == "all-reduce" and c.calls == 1), default=0)
     assert largest < 4 * sharding.SMALLEST_CUT
+
+
+def test_eight_bit_products_are_those_of_one_device():
+    """A tensor's scale is of all its parts; where a sum rounds over an 8-bit step, it shows."""
+
+    def nats_and_gradients(shape):
+        trainer = Trainer(MeshConfig(*shape), devices=math.prod(shape), cfg=CFG)
+        micro = sharding.put_batch(trainer.mesh, batch())
+
+        def total(params):
+            how = Compute(fp8=True)
+            return model.token_nats(params, CFG, micro["tokens"], micro["targets"], compute=how).sum()
+
+        return jax.device_get(jax.jit(jax.value_and_grad(total))(trainer.state.params))
+
+    (found, gradients), (wanted, wanted_gradients) = nats_and_gradients((2, 2, 2)), nats_and_gradients((1, 1, 1))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert largest_error(gradients, wanted_gradients) < 1e-2
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("fsdp", "tensor"), PartitionSpec(("fsdp", "data"), None)])
+def test_orthogonalized_by_the_kernel_on_a_mesh_as_on_one_device(spec, monkeypatch):
+    """Each of six matrices whole on one of eight devices: bitwise the same."""
+    kernel = partial(gram.blockwise, interpret=True)
+    monkeypatch.setattr(
+        muon, "gram", lambda x, c=None, of_columns=False: kernel(x, polynomial=c, of_columns=of_columns)
+    )
+    at = NamedSharding(sharding.make_mesh(MeshConfig(2, 2, 2)), spec)
+    stack_SIO = jax.random.normal(jax.random.key(0), (6, 128, 256), jnp.bfloat16)
+
+    def function(part_SIO, others_S):
+        return muon.orthogonalize(part_SIO), others_S
+
+    found = jax.jit(lambda x: sharding.on_whole_matrices(function, x, jnp.zeros(6), at)[0])(stack_SIO)
+    alone = jax.jit(muon.orthogonalize)
+    for i in range(6):
+        np.testing.assert_array_equal(found[i : i + 1], alone(stack_SIO[i : i + 1]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

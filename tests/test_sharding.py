@@ -1,3 +1,7 @@
+import itertools
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,3 +105,67 @@ def test_each_matrix_of_a_stack_is_whole_on_one_device(spec, count):
     np.testing.assert_array_equal(others, factors + 1)
     per_device = -(-count // 8)
     assert seen == [((per_device, 8, 16), (per_device, 1, 1))]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a device says of where it is."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+
+def pod(slices: int) -> list[Chip]:
+    """Slices of 2×2×2 chips, 4 to a host."""
+    places = list(itertools.product(range(2), repeat=3))
+    return [Chip(8 * s + i, s, 2 * s + i // 4, place) for s in range(slices) for i, place in enumerate(places)]
+
+
+def gpus(hosts: int) -> list[Chip]:
+    return [Chip(i, i // 8, i // 8, platform="gpu", device_kind="NVIDIA H100") for i in range(8 * hosts)]
+
+
+@pytest.mark.parametrize("devices", [pod(4), gpus(4)], ids=["tpu", "gpu"])
+@pytest.mark.parametrize(
+    ("shape", "along_data", "along_fsdp"),
+    [
+        ((4, 8, 1), 4, 1),
+        ((8, 2, 2), 4, 1),
+        ((4, 1, 8), 4, 1),
+        ((2, 16, 1), 2, 2),
+        ((1, 32, 1), 1, 4),
+        ((2, 8, 2), 2, 2),
+    ],
+)
+def test_slow_links_lie_along_data_and_only_then_fsdp(devices, shape, along_data, along_fsdp):
+    found = sharding.arrange(devices, shape)
+    assert found.shape == shape and {device.id for device in found.flat} == set(range(32))
+    slice_of = np.vectorize(lambda device: device.slice_index)(found)
+    data, fsdp, _ = shape
+    blocks = slice_of.reshape(along_data, data // along_data, along_fsdp, fsdp // along_fsdp, -1)
+    for i, k in itertools.product(range(along_data), range(along_fsdp)):
+        assert len(set(blocks[i, :, k].flat)) == 1  # a block of the mesh is a slice
+
+
+def test_tensor_over_slow_links_is_refused():
+    with pytest.raises(UserError, match=r"4 slices or hosts do not divide data×fsdp = 1×2: tensor=16"):
+        sharding.arrange(pod(4), (1, 2, 16))
+
+
+def test_a_host_has_one_part_of_the_rows(monkeypatch):
+    """Chips of one host that lie apart along the batch are refused; hosts apart along tensor share their rows."""
+    shares = {}
+    for name, order in {"rows": (0, 1, 2), "tensor": (2, 1, 0)}.items():
+        devices = sharding.arrange(pod(1), (1, 4, 2))
+        by_id = np.array(sorted(devices.flat, key=lambda device: device.id)).reshape(2, 2, 2).transpose(order)
+        mesh = SimpleNamespace(devices=by_id.reshape(1, 4, 2), shape={"data": 1, "fsdp": 4, "tensor": 2})
+        for process in range(2):
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            shares[name, process] = sharding.host_share(mesh)
+    assert [shares["rows", process] for process in range(2)] == [(0, 2), (1, 2)]
+    assert [shares["tensor", process] for process in range(2)] == [(0, 1), (0, 1)]
