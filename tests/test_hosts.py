@@ -15,9 +15,9 @@ from typing import Any
 
 import every_stage
 import jax
-import numpy as np
 import pytest
 from test_core import make_bundle
+from test_state import largest_error
 
 from nanochat_jax.chat import conversation
 from nanochat_jax.checkpoint import Checkpoints
@@ -84,7 +84,7 @@ def check_alike(out: Path, whole: Path) -> None:
     """All that is measured, and the parameters, in float32: sums over other links are added in another order."""
     check_close(read_metrics(out), read_metrics(whole))
     found, wanted = (jax.device_get(load_model(folder).params) for folder in (out, whole))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+    assert largest_error(found, wanted) < 5e-5  # as on meshes of one process: Adam blows up a vanishing gradient's
 
 
 def check_close(found: Any, wanted: Any) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -266,9 +266,8 @@ def _steps(
 
     def try_and_learn(train_state: state.TrainState, what: Batch) -> tuple[state.TrainState, state.StepMetrics]:
         rows, means = rollout(train_state, what)
-        train_state, metrics = train_step(
-            train_state, sharding.put_batch(mesh, sharding.host_rows(mesh, rows), accumulate)
-        )
+        batch = sharding.put_batch(mesh, sharding.host_rows(mesh, rows), accumulate)
+        train_state, metrics = train_step(train_state, batch)
         return train_state, metrics._replace(means={**metrics.means, **means})
 
     return try_and_learn, stage.batches(start, whole)
@@ -276,14 +275,8 @@ def _steps(
 
 def _on_device(batches: Iterator[Batch], mesh: jax.sharding.Mesh, accumulate: int) -> Iterator[state.Batch]:
     """Batches on the mesh, one ahead of what is used, so that transfer overlaps compute."""
-    ahead = None
-    for batch in batches:
-        on_device = sharding.put_batch(mesh, batch, accumulate)
-        if ahead is not None:
-            yield ahead
-        ahead = on_device
-    if ahead is not None:
-        yield ahead
+    placed = (sharding.put_batch(mesh, batch, accumulate) for batch in batches)
+    return (batch for batch, _ in pairwise(chain(placed, [{}])))
 
 
 def _restore(checkpoints: Checkpoints, like: state.TrainState, recipe: dict[str, Any]) -> state.TrainState | None:
