@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from serve.backend import ChatEvent
 from serve.choices import Choice, usage
 from serve.models import ModelInfo
-from serve.schemas import ApiError
+from serve.schemas import ApiError, json_response
 
 CLIENT_GONE = 499  # what is counted where nobody hears the answer
 
@@ -163,11 +163,6 @@ async def unless_gone(request: Request, answer: Awaitable[Response]) -> Response
         answering.cancel()
         leaving.cancel()
         await asyncio.gather(answering, leaving, return_exceptions=True)
-
-
-def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """JSON in ASCII, so that a lone surrogate that is quoted in an error does no harm."""
-    return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
 def _sent(body: Any) -> str:

@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException
 from nanochat_jax.dialogue import Busy
 from nanochat_jax.errors import UserError
 from nanochat_jax.sampling import Sampling
-from serve.answers import CHAT, COMPLETION, Answer, Events, EventStream, json_response, unless_gone
+from serve.answers import CHAT, COMPLETION, Answer, Events, EventStream, unless_gone
 from serve.backend import Backend
 from serve.choices import Choice
 from serve.limits import BodyLimit, Clients, Limiter, Limits
@@ -88,8 +88,9 @@ async def _on_error(_: Request, error: Exception) -> Response:
             answer = ApiError(error.status_code, str(error.detail))
         case _:
             answer = ApiError(500, "the server failed; its log says how")
-    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    return json_response(answer.body, answer.status, headers | answer.headers)
+    if isinstance(error, HTTPException):
+        answer.headers = {**(error.headers or {}), **answer.headers}
+    return answer.response()
 
 
 def _routes(backend: Backend, metrics: Metrics) -> APIRouter:

@@ -41,6 +41,7 @@ IN_SPACE = "SPACE_ID" in os.environ  # of Hugging Face, who show the page in a f
 # The browser fetches nothing from elsewhere, whatever a model writes; Gradio itself needs inline code.
 CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors"
 API_PATHS = ("/v1/", "/healthz", "/metrics", "/openapi.json")
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # of events
 EVENTS_AT_ONCE = 256  # of all visitors; how many answers there are at once is up to the backend
 
 
@@ -89,106 +90,120 @@ class _BesideApi:
 
 def build(handlers: Handlers) -> gr.Blocks:
     """The page."""
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_height=True) as page:
-        chat, found, ratings = gr.JSON(new_chat, visible=False), gr.JSON(visible=False), gr.State([])
         with gr.Sidebar(open=False):
             new = gr.Button("New conversation", variant="primary")
             history = gr.Radio([], label="Conversations in this browser", elem_id="history")
             delete = gr.Button("Delete this conversation", size="sm")
         banner = gr.Markdown(visible=False, elem_id="banner")
         model = gr.Dropdown([], label="Model", elem_id="model")
+        page.load(handlers.refresh, model, [model, banner], queue=False, **QUIET)
         with gr.Tab("Chat"):
-            chatbot = gr.Chatbot(
-                elem_id="chat",
-                show_label=False,
-                buttons=[],
-                editable="user",
-                render_markdown=False,
-                latex_delimiters=[],
-                allow_tags=False,
-                feedback_options=("Like", "Dislike") if handlers.feedback else None,
-                placeholder=f"# {TITLE}\nA small language model. It can be wrong, and it forgets what does not fit.",
-                examples=[{"text": text} for text in EXAMPLES],
-            )
-            box = gr.Textbox(
-                label="Message",
-                show_label=False,
-                placeholder="Write a message",
-                lines=1,
-                max_lines=8,
-                autofocus=True,
-                submit_btn=True,
-                elem_id="box",
-                html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
-            )
-            stats = gr.Markdown(elem_id="stats")
-            with gr.Accordion("Settings", open=False):
-                system = gr.Textbox(label="System prompt", lines=2, info="How the model is to behave", elem_id="system")
-                with gr.Row():
-                    temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest")
-                    top_k = gr.Slider(0, 200, 50, step=1, label="Top k", info="0: all tokens")
-                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="1: all tokens")
-                with gr.Row():
-                    min_p = gr.Slider(0, 1, 0, step=0.01, label="Min p", info="0: all tokens")
-                    penalty = gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty", info="1: none")
-                with gr.Row():
-                    limit = gr.Slider(0, 1024, 0, step=1, label="Longest answer", info="in tokens; 0: what fits")
-                    seed = gr.Number(-1, precision=0, label="Seed", info="-1: another one for each answer")
-                    tools = gr.Checkbox(True, label="Calculator", min_width=240)
+            _chat(handlers, page, model, new, history, delete)
         with gr.Tab("Tokens"):
-            gr.Markdown("How a text is divided into tokens, how far the model expected each, and what it expects next.")
-            text = gr.Textbox(label="Text", value="What is 12 times 7?", lines=2, elem_id="text")
-            with gr.Row():
-                as_chat = gr.Checkbox(True, label="As a message in a chat", info="where the model knows turns")
-                show = gr.Button("Show the tokens", variant="primary", elem_id="show")
-            rows = gr.State([])
-            tokens = gr.HighlightedText(
-                label="Tokens", color_map=view.COLOURS, show_legend=True, show_inline_category=False, elem_id="tokens"
-            )
-            position = gr.Slider(1, 2, 1, step=1, label="After token", elem_id="position", visible=False)
-            likeliest = gr.Label(label="What may follow", num_top_classes=10, show_heading=False, elem_id="likeliest")
-
-        settings = [model, system, temperature, top_k, top_p, min_p, penalty, limit, seed, tools]
-        asked, answered = [chat, chatbot, box], [chat, chatbot, stats, box]
-        listing: dict[str, Any] = {"fn": handlers.listing, "inputs": [found], "outputs": history, "js": view.LIST}
-        running = []
-        for trigger, begin, inputs in (
-            (box.submit, handlers.say, [box, chat]),
-            (chatbot.example_select, handlers.example, [chat]),
-            (chatbot.retry, handlers.retry, [chat]),
-            (chatbot.edit, handlers.edit, [chat]),
-        ):
-            begun = trigger(begin, inputs, asked, **quiet)
-            running.append(begun.success(handlers.respond, [chat, *settings], answered, **quiet))
-            ended = running[-1].then(handlers.idle, None, box, queue=False, **quiet)
-            ended.then(None, js=view.FOCUS).then(**listing, queue=False, **quiet)
-        stopped = box.stop(handlers.idle, None, box, cancels=running, queue=False, **quiet)
-        stopped.then(None, js=view.FOCUS).then(**listing, queue=False, **quiet)
-        chatbot.undo(handlers.undo, chat, asked, **quiet)
-        chatbot.change(None, chat, js=view.SAVE)
-        if handlers.feedback:
-            chatbot.like(handlers.like, [chat, ratings], ratings, **quiet)
-        opened = [chat, chatbot, stats, box]
-        gr.on(
-            [new.click, chatbot.clear], handlers.new, None, opened, js=view.LEAVE, cancels=running, queue=False, **quiet
-        )
-        gone = delete.click(handlers.new, None, opened, js=view.FORGET, cancels=running, queue=False, **quiet)
-        gone.then(**listing, queue=False, **quiet)
-        for event in (page.load, history.input):
-            event(handlers.open, [history, found], opened, js=view.OPEN, **quiet)
-        page.load(handlers.refresh, model, [model, banner], queue=False, **quiet)
-        page.load(**listing, queue=False, **quiet)
-        gr.on(
-            [show.click, text.submit],
-            handlers.tokenise,
-            [text, model, as_chat],
-            [tokens, rows, position, likeliest],
-            api_visibility="private",
-        )
-        tokens.select(handlers.pick, None, position, queue=False, **quiet)
-        position.change(handlers.expected, [rows, position], likeliest, queue=False, **quiet)
+            _tokens(handlers, model)
     return page
+
+
+def _chat(
+    handlers: Handlers, page: gr.Blocks, model: gr.Dropdown, new: gr.Button, history: gr.Radio, delete: gr.Button
+) -> None:
+    """The conversation, its settings, and what happens to it."""
+    chat, found, ratings = gr.JSON(new_chat, visible=False), gr.JSON(visible=False), gr.State([])
+    chatbot = gr.Chatbot(
+        elem_id="chat",
+        show_label=False,
+        buttons=[],
+        editable="user",
+        render_markdown=False,
+        latex_delimiters=[],
+        allow_tags=False,
+        feedback_options=("Like", "Dislike") if handlers.feedback else None,
+        placeholder=f"# {TITLE}\nA small language model. It can be wrong, and it forgets what does not fit.",
+        examples=[{"text": text} for text in EXAMPLES],
+    )
+    box = gr.Textbox(
+        label="Message",
+        show_label=False,
+        placeholder="Write a message",
+        lines=1,
+        max_lines=8,
+        autofocus=True,
+        submit_btn=True,
+        elem_id="box",
+        html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+    )
+    stats = gr.Markdown(elem_id="stats")
+    settings = [model, *_settings()]
+
+    asked, answered = [chat, chatbot, box], [chat, chatbot, stats, box]
+    listing: dict[str, Any] = {"fn": handlers.listing, "inputs": [found], "outputs": history, "js": view.LIST}
+    running = []
+    for trigger, begin, inputs in (
+        (box.submit, handlers.say, [box, chat]),
+        (chatbot.example_select, handlers.example, [chat]),
+        (chatbot.retry, handlers.retry, [chat]),
+        (chatbot.edit, handlers.edit, [chat]),
+    ):
+        begun = trigger(begin, inputs, asked, **QUIET)
+        running.append(begun.success(handlers.respond, [chat, *settings], answered, **QUIET))
+        ended = running[-1].then(handlers.idle, None, box, queue=False, **QUIET)
+        ended.then(None, js=view.FOCUS).then(**listing, queue=False, **QUIET)
+    stopped = box.stop(handlers.idle, None, box, cancels=running, queue=False, **QUIET)
+    stopped.then(None, js=view.FOCUS).then(**listing, queue=False, **QUIET)
+    chatbot.undo(handlers.undo, chat, asked, **QUIET)
+    chatbot.change(None, chat, js=view.SAVE)
+    if handlers.feedback:
+        chatbot.like(handlers.like, [chat, ratings], ratings, **QUIET)
+    opened = [chat, chatbot, stats, box]
+    gr.on([new.click, chatbot.clear], handlers.new, None, opened, js=view.LEAVE, cancels=running, queue=False, **QUIET)
+    gone = delete.click(handlers.new, None, opened, js=view.FORGET, cancels=running, queue=False, **QUIET)
+    gone.then(**listing, queue=False, **QUIET)
+    for event in (page.load, history.input):
+        event(handlers.open, [history, found], opened, js=view.OPEN, **QUIET)
+    page.load(**listing, queue=False, **QUIET)
+
+
+def _settings() -> list[gr.components.Component]:
+    """What `Handlers.respond` takes besides the conversation and the model."""
+    with gr.Accordion("Settings", open=False):
+        system = gr.Textbox(label="System prompt", lines=2, info="How the model is to behave", elem_id="system")
+        with gr.Row():
+            temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest")
+            top_k = gr.Slider(0, 200, 50, step=1, label="Top k", info="0: all tokens")
+            top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="1: all tokens")
+        with gr.Row():
+            min_p = gr.Slider(0, 1, 0, step=0.01, label="Min p", info="0: all tokens")
+            penalty = gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty", info="1: none")
+        with gr.Row():
+            limit = gr.Slider(0, 1024, 0, step=1, label="Longest answer", info="in tokens; 0: what fits")
+            seed = gr.Number(-1, precision=0, label="Seed", info="-1: another one for each answer")
+            tools = gr.Checkbox(True, label="Calculator", min_width=240)
+    return [system, temperature, top_k, top_p, min_p, penalty, limit, seed, tools]
+
+
+def _tokens(handlers: Handlers, model: gr.Dropdown) -> None:
+    """How a model reads a text."""
+    gr.Markdown("How a text is divided into tokens, how far the model expected each, and what it expects next.")
+    text = gr.Textbox(label="Text", value="What is 12 times 7?", lines=2, elem_id="text")
+    with gr.Row():
+        as_chat = gr.Checkbox(True, label="As a message in a chat", info="where the model knows turns")
+        show = gr.Button("Show the tokens", variant="primary", elem_id="show")
+    rows = gr.State([])
+    tokens = gr.HighlightedText(
+        label="Tokens", color_map=view.COLOURS, show_legend=True, show_inline_category=False, elem_id="tokens"
+    )
+    position = gr.Slider(1, 2, 1, step=1, label="After token", elem_id="position", visible=False)
+    likeliest = gr.Label(label="What may follow", num_top_classes=10, show_heading=False, elem_id="likeliest")
+    gr.on(
+        [show.click, text.submit],
+        handlers.tokenise,
+        [text, model, as_chat],
+        [tokens, rows, position, likeliest],
+        api_visibility="private",
+    )
+    tokens.select(handlers.pick, None, position, queue=False, **QUIET)
+    position.change(handlers.expected, [rows, position], likeliest, queue=False, **QUIET)
 
 
 def launch(config: Config, backend: Backend) -> gr.Blocks:

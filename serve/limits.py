@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import json
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -100,7 +99,7 @@ class Limiter:
                 async with asyncio.timeout(self._clients.limits.request_seconds or None):
                     await self._app(scope, receive, send)
         except ApiError as error:
-            await refuse(error, send)
+            await error.response()(scope, receive, send)
         except TimeoutError:
             return  # an answer that was begun cannot become an error; the server ends the connection
 
@@ -120,7 +119,7 @@ class BodyLimit:
             try:
                 receive = _replayed(await self._whole(receive), receive)
             except ApiError as error:
-                return await refuse(error, send)
+                return await error.response()(scope, receive, send)
         await self._app(scope, receive, send)
 
     async def _whole(self, receive: Receive) -> bytes:
@@ -151,12 +150,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replay
-
-
-async def refuse(error: ApiError, send: Send) -> None:
-    """Answer with an error."""
-    body = json.dumps(error.body).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body))} | error.headers
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})

@@ -3,8 +3,11 @@
 What OpenAI's API knows and this one cannot do may be sent as long as it changes nothing; everything else is refused.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanochat_jax.chat import Conversation, Message, Part
@@ -170,6 +173,15 @@ class ApiError(Exception):
         self.body = {"error": detail.model_dump()}
         later, key = {"Retry-After": "5"}, {"WWW-Authenticate": "Bearer"}
         self.headers: dict[str, str] = {401: key, 429: later, 503: later}.get(status, {})
+
+    def response(self) -> Response:
+        """As a client gets it."""
+        return json_response(self.body, self.status, self.headers)
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON in ASCII, so that a lone surrogate that is quoted in an error does no harm."""
+    return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
 FIELDS = {

@@ -69,7 +69,7 @@ def stalled(step):
     def stalling(self: Engine) -> list[Output]:
         time.sleep(0.05)
         said = [self.context_len - len(one.prompt) - one.room for one in self._running.values()]
-        return [] if max(said, default=0) > 64 else step(self)
+        return [] if max(said, default=0) > 150 else step(self)
 
     return stalling
 
