@@ -117,7 +117,6 @@ class Engine:
         self._numbers = count()
         self._waiting: dict[int, _Progress] = {}  # by number, in order of arrival
         self._running: dict[int, _Progress] = {}  # by slot
-        self._decoding: dict[int, tuple[Sampled, dict[int, _Progress]]] = {}  # by bank: what is to come, and for whom
         self.reset()
 
     @property
@@ -134,7 +133,6 @@ class Engine:
         """Forget all requests and kept prompts; also the way out after an exception in step."""
         self._waiting.clear()
         self._running.clear()
-        self._decoding.clear()
         self.prefill.forget()
         self._free = set(range(self.config.slots))
         self._banks = [self._new_bank() for _ in range(self.config.slots // self._bank)]
@@ -175,34 +173,23 @@ class Engine:
             self._release(slot)
 
     def step(self) -> list[Output]:
-        """Fill free slots and decode some tokens: an Output for each running request of one bank; the banks take turns.
-
-        Meanwhile the device goes on with the other banks. Nothing runs any more once it is empty.
-        """
+        """Fill free slots, decode some tokens in each, and return what is new: one Output for each running request."""
         while self._waiting and self._free:
             self._admit()
-        for bank in sorted({slot // self._bank for slot in self._running} - self._decoding.keys()):
-            self._decode(bank)
-        while self._decoding:
-            bank = next(iter(self._decoding))
-            sampled, asked = self._decoding.pop(bank)
-            if going := [slot for slot, progress in asked.items() if self._running.get(slot) is progress]:
-                sampled = jax.device_get(sampled)
-                return [self._advance(slot, sampled, slot % self._bank) for slot in going]
-        return self.step() if self._running else []
-
-    def _decode(self, bank: int) -> None:
-        """Have the device continue what runs in a bank."""
-        first, end = bank * self._bank, (bank + 1) * self._bank
-        asked = {slot: progress for slot, progress in self._running.items() if first <= slot < end}
-        forced_BT = np.full((self._bank, self.config.steps_per_dispatch), -1, np.int32)
-        limits_B = np.zeros(self._bank, np.int32)
-        for slot, progress in asked.items():
+        if not self._running:
+            return []
+        forced_BT = np.full((self.config.slots, self.config.steps_per_dispatch), -1, np.int32)
+        limits_B = np.zeros(self.config.slots, np.int32)
+        for slot, progress in self._running.items():
             forced = progress.forced[: forced_BT.shape[1]]
-            forced_BT[slot - first, : len(forced)], limits_B[slot - first] = forced, progress.room
-        args = self._params, self._banks[bank], forced_BT, limits_B
-        self._banks[bank], sampled = self._call("decode", *args)
-        self._decoding[bank] = sampled, asked
+            forced_BT[slot, : len(forced)], limits_B[slot] = forced, progress.room
+        sampled: dict[int, Sampled] = {}
+        for bank in {slot // self._bank for slot in self._running}:
+            slots = slice(bank * self._bank, (bank + 1) * self._bank)
+            args = self._params, self._banks[bank], forced_BT[slots], limits_B[slots]
+            self._banks[bank], sampled[bank] = self._call("decode", *args)
+        sampled = jax.device_get(sampled)
+        return [self._advance(slot, sampled[slot // self._bank], slot % self._bank) for slot in list(self._running)]
 
     def run(self, requests: Sequence[Request]) -> list[Output]:
         """Answer requests, in their order; nothing else may be waiting or running (else UserError)."""
