@@ -151,6 +151,7 @@ def test_a_conversation_with_a_tool_is_shown_timed_and_kept_over_a_reload(visito
     one.wait("6*7 → 42")
     assert one.said("user") == [HOSTILE]
     one.done()
+    one.page.wait_for_function("""() => Object.values(localStorage).some((chat) => chat.includes('"42"'))""")
     one.visit()
     one.wait("6*7 → 42")
     assert one.said("user") == [HOSTILE]

@@ -62,7 +62,7 @@ def test_what_is_asked_for_is_kept():
 
 def test_where_it_does_not_fit_what_would_is_said():
     between = (needed(4, 2, 1) + needed(8, 1, 1)) // 2
-    with pytest.raises(UserError, match=r"need .* on each of 8 devices, of which .*; --run.mesh.fsdp 2 needs"):
+    with pytest.raises(UserError, match=r"need .* on each of 8 devices, of which .*; mesh.fsdp 2 needs"):
         chosen(limit=between, wanted=MeshConfig(8, 1, 1))
     with pytest.raises(UserError, match="take a smaller model") as error:
         chosen(limit=needed(1, 8, 1) // 3)

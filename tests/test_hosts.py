@@ -15,6 +15,7 @@ from typing import Any
 
 import every_stage
 import jax
+import numpy as np
 import pytest
 from test_core import make_bundle
 from test_state import largest_error
@@ -83,6 +84,9 @@ def whole(tiny_data, tmp_path_factory) -> Path:
 def check_alike(out: Path, whole: Path) -> None:
     """All that is measured, and the parameters, in float32: sums over other links are added in another order."""
     check_close(read_metrics(out), read_metrics(whole))
+    for name in ("loss", "val_bpb"):
+        found, wanted = ([each[name] for each in read_metrics(run) if name in each] for run in (out, whole))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
     found, wanted = (jax.device_get(load_model(folder).params) for folder in (out, whole))
     assert largest_error(found, wanted) < 5e-5  # as on meshes of one process: Adam blows up a vanishing gradient's
 
