@@ -204,6 +204,26 @@ def test_stop_keeps_what_was_said_and_frees_the_slot(visitor, server, slow):
     until(lambda: server[1].service("demo/sft").stats()["running"] == 0)
     [partial] = one.said("bot")
     assert 4 < len(partial) < 200
+    one.choose("demo/rl")
+    one.send("and now")
+    one.wait("yk")
+    one.done()
+    assert one.said("bot")[0] == partial and one.said("user") == ["hello", "and now"]
+
+
+def test_a_reload_in_mid_answer_keeps_what_was_said_and_frees_the_slot(visitor, server, slow):
+    one = visitor()
+    one.choose("demo/sft")
+    one.send("hello")
+    one.wait("ababab")
+    one.visit()
+    one.wait("ababab")
+    [partial] = one.said("bot")
+    assert one.said("user") == ["hello"] and len(partial) < 200
+    until(lambda: server[1].service("demo/sft").stats()["running"] == 0)
+    one.visit()
+    one.wait("ababab")
+    assert one.said("bot") == [partial]
 
 
 def test_a_reload_before_the_first_word_keeps_the_message(visitor, server):
