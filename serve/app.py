@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanochat_jax.errors import UserError
 from serve import api, view
 from serve.backend import Backend
-from serve.handlers import Handlers, new_chat
+from serve.handlers import Handlers
 from serve.limits import BodyLimit, Clients, Limits
 from serve.models import BackendConfig
 from train import cli
@@ -109,7 +109,7 @@ def _chat(
     handlers: Handlers, page: gr.Blocks, model: gr.Dropdown, new: gr.Button, history: gr.Radio, delete: gr.Button
 ) -> None:
     """The conversation, its settings, and what happens to it."""
-    chat, found, ratings = gr.JSON(new_chat, visible=False), gr.JSON(visible=False), gr.State([])
+    chat, found, ratings = gr.JSON(visible=False), gr.JSON(visible=False), gr.State([])
     chatbot = gr.Chatbot(
         elem_id="chat",
         show_label=False,

@@ -72,8 +72,9 @@ class Handlers:
         value = model if model in names else names[0]
         return gr.Dropdown(choices=list(zip(labels, names, strict=True)), value=value), gr.Markdown(visible=False)
 
-    def say(self, text: str | None, chat: Chat) -> tuple[Any, ...]:
-        """A message is sent."""
+    def say(self, text: str | None, chat: Chat | None) -> tuple[Any, ...]:
+        """A message is sent, perhaps the first of the page."""
+        chat = chat or new_chat()
         with telling():
             if not text or not text.strip():
                 raise UserError("the message is empty")
@@ -82,7 +83,7 @@ class Handlers:
                 messages.pop()
             return self._ask(chat, [*messages, {"role": "user", "content": text}])
 
-    def example(self, chat: Chat, event: gr.SelectData) -> tuple[Any, ...]:
+    def example(self, chat: Chat | None, event: gr.SelectData) -> tuple[Any, ...]:
         return self.say(str(event.value["text"]), chat)
 
     def retry(self, chat: Chat) -> tuple[Any, ...]:

@@ -224,6 +224,11 @@ def test_a_reload_in_mid_answer_keeps_what_was_said_and_frees_the_slot(visitor, 
     one.visit()
     one.wait("ababab")
     assert one.said("bot") == [partial]
+    one.choose("demo/rl")
+    one.send("and now")
+    one.wait("yk")
+    one.done()
+    assert one.said("bot")[0] == partial and one.said("user") == ["hello", "and now"]
 
 
 def test_a_reload_before_the_first_word_keeps_the_message(visitor, server):
@@ -468,6 +473,17 @@ def test_errors_cannot_carry_markup(tmp_path):
     assert "&lt;b&gt;" in found.value.message
     with pytest.raises(gr.Error, match="empty"):
         handlers.say(" \n", new_chat())
+
+
+def test_a_page_begins_with_what_the_browser_kept_alone(tmp_path):
+    """A conversation of the server's own would come as another event, before or after the one that was kept."""
+    handlers = Handlers(Backend(BackendConfig(runs=tmp_path)), Clients(Limits()))
+    at_start = [event for event in app.build(handlers).fns.values() if any(kind == "load" for _, kind in event.targets)]
+    changing = [event for event in at_start if any(isinstance(out, gr.Chatbot) for out in event.outputs)]
+    chats = [out for event in changing for out in event.outputs if isinstance(out, gr.JSON)]
+    assert [event for event in at_start if set(chats) & set(event.outputs)] == changing and len(changing) == 1
+    first, second = (handlers.say("hi", None)[0] for _ in range(2))
+    assert first["messages"] == [{"role": "user", "content": "hi"}] and first["id"] != second["id"]
 
 
 def test_ratings_pair_answers_to_the_same_prompt_alone(tmp_path):
