@@ -115,18 +115,32 @@ def attend_cached(
         key_positions_BS = jnp.concatenate([slot_positions(lengths_B, S), chunk_positions_BT], axis=1)
     distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
     mask_BTS = (distance_BTS >= 0) & (distance_BTS <= window) & (key_positions_BS >= 0)[:, None, :]
-    lengths_B = jnp.where(counts_B > 0, lengths_B + counts_B, 0)
-    B, _, N, H = q_BTNH.shape
-    q_BKGH = q_BTNH[:, 0].reshape(B, -1, N // k_BTKH.shape[2], H)
     if T > 1:
         mixed_BTNH = masked_attention(q_BTNH, seen_keys, seen_values, mask_BTS)
-    elif backend == "cudnn" and supports(q_BKGH, seen_keys):
-        mixed_BTNH = decode_attention(q_BKGH, seen_keys, seen_values, lengths_B, window).reshape(B, 1, N, H)
     else:
-        operands = q_BTNH, seen_keys, seen_values, mask_BTS, lengths_B
-        cpu = _blockwise_attention if S > 4 * KEY_BLOCK else _whole_attention  # where it pays even for full caches
-        mixed_BTNH = jax.lax.platform_dependent(*operands, cpu=cpu, default=_whole_attention)
+        lengths_B = jnp.where(counts_B > 0, lengths_B + counts_B, 0)
+        attend_one = _kernel_attention if backend == "cudnn" else _plain_attention
+        mixed_BTNH = attend_one(q_BTNH, seen_keys, seen_values, mask_BTS, lengths_B, window)
     return mixed_BTNH.astype(q_BTNH.dtype), keys, values
+
+
+def _kernel_attention(
+    q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array, lengths_B: jax.Array, window: int
+) -> jax.Array:
+    (B, _, N, H), K = q_B1NH.shape, k_BKSH.shape[1]
+    q_BKGH = q_B1NH.reshape(B, K, N // K, H)
+    if not supports(q_BKGH, k_BKSH):
+        return masked_attention(q_B1NH, k_BKSH, v_BKSH, mask_B1S)
+    return decode_attention(q_BKGH, k_BKSH, v_BKSH, lengths_B, window).reshape(B, 1, N, H)
+
+
+def _plain_attention(
+    q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array, lengths_B: jax.Array, _: int
+) -> jax.Array:
+    operands = q_B1NH, k_BKSH, v_BKSH, mask_B1S, lengths_B
+    # Blocks pay on a CPU even for full caches, unless they are few.
+    cpu = _blockwise_attention if k_BKSH.shape[2] > 4 * KEY_BLOCK else _whole_attention
+    return jax.lax.platform_dependent(*operands, cpu=cpu, default=_whole_attention)
 
 
 def _whole_attention(

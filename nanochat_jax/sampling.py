@@ -175,10 +175,10 @@ def _least_by_halves(probs_BV: jax.Array, bits_BV: jax.Array, most_B: jax.Array,
 def _least_by_digits(probs_BV: jax.Array, bits_BV: jax.Array, most_B: jax.Array, mass_B: jax.Array) -> jax.Array:
     """The same, several bits at a time: on GPUs and TPUs a few wide kernels in place of a long chain of small ones."""
     least_B, limits_B2 = jnp.zeros_like(bits_BV[:, 0]), jnp.stack([most_B.astype(jnp.float32), mass_B], axis=1)
+    worth_B21V = jnp.stack([jnp.ones_like(probs_BV), probs_BV], axis=1)[:, :, None]
     for shift in range(ONE_BITS.bit_length() - DIGIT, -1, -DIGIT):
         steps_1D = jnp.arange(1, 2**DIGIT, dtype=jnp.int32)[None] << shift
         likelier_BDV = bits_BV[:, None] >= (least_B[:, None] + steps_1D)[:, :, None]
-        worth_B21V = jnp.stack([jnp.ones_like(probs_BV), probs_BV], axis=1)[:, :, None]
         sums_B2D = jnp.sum(jnp.where(likelier_BDV[:, None], worth_B21V, 0), axis=-1)
         refused_BD = jnp.any(sums_B2D >= limits_B2[:, :, None], axis=1)
         least_B += jnp.sum(refused_BD, axis=-1, dtype=jnp.int32) << shift

@@ -18,7 +18,7 @@ import optax
 
 from nanochat_jax import optim, preflight, sharding, tpu
 from nanochat_jax.capacity import choose_mesh
-from nanochat_jax.config import Horizon, ModelConfig, OptimConfig, from_depth, horizon, to_json, write_json
+from nanochat_jax.config import Horizon, ModelConfig, OptimConfig, horizon, to_json, write_json
 from nanochat_jax.errors import UserError
 from nanochat_jax.preflight import Job, Numbers, Overflow
 from nanochat_jax.sharding import MeshConfig
@@ -70,13 +70,7 @@ def main(config: Config) -> dict[str, Any]:
     """Compile, print, write and return."""
     jax.config.update("jax_platforms", "cpu")
     where = tpu.describe(config.topology, config.slices)
-    cfg = from_depth(
-        config.model.depth,
-        vocab_size=config.vocab_size,
-        sequence_len=config.sequence_len,
-        head_dim=config.model.head_dim,
-        window_pattern=config.model.window_pattern,
-    )
+    cfg = config.model.architecture(config.vocab_size, config.sequence_len)
     length = horizon(cfg, ratio=config.ratio, batch_tokens=config.batch_tokens)
     rows = rows_of(length.batch_tokens, cfg)
 
