@@ -92,8 +92,8 @@ def attend_cached(
         layer: which.
         counts_B: how many of the T tokens are real; the others' outputs mean nothing.
         window: keys seen before the query's own.
-        backend: of attention within the chunk, where the cache is an EmptyCache; for one new token a row, "cudnn"
-            means the kernel of decode_attention.py, which wants the same GPUs.
+        backend: as attend's; for one new token a row, "cudnn" means the kernel of decode_attention.py, which wants
+            the same GPUs, and "splash" is for chunks alone that an EmptyCache precedes.
 
     Returns:
         (B, T, N, H) in q's dtype, and the layer's new keys and values.
@@ -116,7 +116,8 @@ def attend_cached(
     distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
     mask_BTS = (distance_BTS >= 0) & (distance_BTS <= window) & (key_positions_BS >= 0)[:, None, :]
     if T > 1:
-        mixed_BTNH = masked_attention(q_BTNH, seen_keys, seen_values, mask_BTS)
+        attend_chunk = _cudnn_masked_attention if backend == "cudnn" else masked_attention
+        mixed_BTNH = attend_chunk(q_BTNH, seen_keys, seen_values, mask_BTS)
     else:
         lengths_B = jnp.where(counts_B > 0, lengths_B + counts_B, 0)
         attend_one = _kernel_attention if backend == "cudnn" else _plain_attention
@@ -124,14 +125,21 @@ def attend_cached(
     return mixed_BTNH.astype(q_BTNH.dtype), keys, values
 
 
+def _cudnn_masked_attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="cudnn")
+
+    return over_rows_and_heads(cudnn, q_BTNH, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), mask_BTS)
+
+
 def _kernel_attention(
     q_B1NH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array, lengths_B: jax.Array, window: int
 ) -> jax.Array:
     (B, _, N, H), K = q_B1NH.shape, k_BKSH.shape[1]
     q_BKGH = q_B1NH.reshape(B, K, N // K, H)
-    if not supports(q_BKGH, k_BKSH):
+    if not supports(q_BKGH, k_BKSH, window):
         return masked_attention(q_B1NH, k_BKSH, v_BKSH, mask_B1S)
-    return decode_attention(q_BKGH, k_BKSH, v_BKSH, lengths_B, window).reshape(B, 1, N, H)
+    return decode_attention(q_BKGH, k_BKSH, v_BKSH, lengths_B).reshape(B, 1, N, H)
 
 
 def _plain_attention(

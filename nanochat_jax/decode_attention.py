@@ -15,28 +15,28 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton
 from jax.sharding import NamedSharding, PartitionSpec
 
-STRETCH, BLOCK = 256, 64  # slots that one program reads, and reads at once
+STRETCH, BLOCK = 576, 64  # slots that one program reads, and reads at once; nanochat's window of 513 is one stretch
 MASKED = -1e30
+TILE = 16  # rows that a tensor core multiplies at least
 
 
-def supports(q_BKGH: jax.Array, k_BKSH: jax.Array) -> bool:
-    """Whether the kernel can take these shapes: it wants powers of two."""
-    G, H = q_BKGH.shape[2:]
-    return k_BKSH.shape[2] >= BLOCK and G & (G - 1) == 0 and H & (H - 1) == 0 and H >= 16
+def supports(q_BKGH: jax.Array, k_BKSH: jax.Array, window: int) -> bool:
+    """Whether the kernel can take these: it wants powers of two, and a cache that keeps nothing out of the window."""
+    (G, H), S = q_BKGH.shape[2:], k_BKSH.shape[2]
+    return BLOCK <= S <= window + 1 and G & (G - 1) == 0 and H & (H - 1) == 0 and H >= TILE
 
 
-@partial(custom_partitioning, static_argnums=(4, 5))
+@partial(custom_partitioning, static_argnums=(4,))
 def decode_attention(
-    q_BKGH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array, window: int, interpret: bool = False
+    q_BKGH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, lengths_B: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Mix the values that each row's newest token sees.
+    """Mix the values that each row's newest token sees: all that its cache holds.
 
     Args:
         q_BKGH: queries, G of them for each of K heads of keys.
-        k_BKSH: keys; position p lies in slot p % S, the newest token's among them.
+        k_BKSH: keys, the newest token's among them; the first min(length, S) slots of a row are filled.
         v_BKSH: values.
         lengths_B: int32, tokens of each row, the newest counted; 0 for an empty row, whose result means nothing.
-        window: keys seen before the newest.
         interpret: run without a GPU, for tests.
 
     Returns:
@@ -45,9 +45,8 @@ def decode_attention(
     B, K, G, H = q_BKGH.shape
     S = k_BKSH.shape[2]
     stretches = -(-S // STRETCH)
-    per_stretch = jax.ShapeDtypeStruct((B, K, stretches, G), jnp.float32)
-    mixed_BKNGH, most_BKNG, total_BKNG = pl.pallas_call(
-        partial(_attention_stretch, slots=S, window=window),
+    mixed_BKNGH, lse_BKNG = pl.pallas_call(
+        partial(_attention_stretch, slots=S),
         grid=(B, K, stretches),
         in_specs=[
             pl.BlockSpec((1,), lambda b, k, n: (b,)),
@@ -58,52 +57,58 @@ def decode_attention(
         out_specs=[
             pl.BlockSpec((1, 1, 1, G, H), lambda b, k, n: (b, k, n, 0, 0)),
             pl.BlockSpec((1, 1, 1, G), lambda b, k, n: (b, k, n, 0)),
-            pl.BlockSpec((1, 1, 1, G), lambda b, k, n: (b, k, n, 0)),
         ],
-        out_shape=[jax.ShapeDtypeStruct((B, K, stretches, G, H), jnp.float32), per_stretch, per_stretch],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, K, stretches, G, H), v_BKSH.dtype if stretches == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((B, K, stretches, G), jnp.float32),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
     )(lengths_B, q_BKGH, k_BKSH, v_BKSH)
-    weight_BKNG = jnp.exp(most_BKNG - jnp.max(most_BKNG, axis=2, keepdims=True))
-    total_BKG = jnp.sum(weight_BKNG * total_BKNG, axis=2)
-    mixed_BKGH = jnp.sum(weight_BKNG[..., None] * mixed_BKNGH, axis=2)
-    return (mixed_BKGH / jnp.maximum(total_BKG, 1e-30)[..., None]).astype(v_BKSH.dtype)
+    if stretches == 1:
+        return mixed_BKNGH[:, :, 0]
+    weight_BKNG = jax.nn.softmax(lse_BKNG, axis=2)
+    return jnp.sum(weight_BKNG[..., None] * mixed_BKNGH, axis=2).astype(v_BKSH.dtype)
 
 
 def _attention_stretch(
-    length_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, mixed_ref: Any, most_ref: Any, total_ref: Any,
-    *, slots: int, window: int,
-) -> None:  # fmt: skip
+    length_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, mixed_ref: Any, lse_ref: Any, *, slots: int
+) -> None:
     G, H = q_ref.shape[2:]
-    length = length_ref[0]
     first = pl.program_id(2) * STRETCH
-    end = jnp.minimum(jnp.minimum(first + STRETCH, slots), length)  # nothing lies behind a row's length
-    q_G1H = q_ref[0, 0].astype(jnp.float32)[:, None, :] * H**-0.5
+    end = jnp.minimum(jnp.minimum(first + STRETCH, slots), length_ref[0])
+    copies = max(1, TILE // G)  # of the same queries, to fill a tile
+    q_RH = jnp.broadcast_to(q_ref[0, 0][None], (copies, G, H)).reshape(copies * G, H)
 
     def add(i: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        mixed_GH, most_G, total_G = parts
+        mixed_RH, most_R, total_R = parts
         start = jnp.minimum(first + i * BLOCK, slots - BLOCK)  # the last block begins early, to fit
         slot_S = start + jax.lax.iota(jnp.int32, BLOCK)
-        distance_S = (length - 1 - slot_S + slots) % slots  # to the newest token
-        seen_S = (slot_S >= first + i * BLOCK) & (slot_S < end) & (distance_S <= window)
-        keys_SH, values_SH = (ref[0, 0, pl.ds(start, BLOCK), :].astype(jnp.float32) for ref in (k_ref, v_ref))
-        scores_GS = jnp.where(seen_S[None], jnp.sum(q_G1H * keys_SH[None], axis=-1), MASKED)
-        new_most_G = jnp.maximum(most_G, jnp.max(scores_GS, axis=-1))
-        weights_GS = jnp.where(seen_S[None], jnp.exp(scores_GS - new_most_G[:, None]), 0.0)
-        old_G = jnp.exp(most_G - new_most_G)
-        mixed_GH = old_G[:, None] * mixed_GH + jnp.sum(weights_GS[:, :, None] * values_SH[None], axis=1)
-        return mixed_GH, new_most_G, old_G * total_G + jnp.sum(weights_GS, axis=-1)
+        seen_1S = ((slot_S >= first + i * BLOCK) & (slot_S < end))[None]
+        keys_SH, values_SH = k_ref[0, 0, pl.ds(start, BLOCK), :], v_ref[0, 0, pl.ds(start, BLOCK), :]
+        scores_RS = jnp.dot(q_RH, keys_SH.T, preferred_element_type=jnp.float32) * H**-0.5
+        scores_RS = jnp.where(seen_1S, scores_RS, MASKED)
+        new_most_R = jnp.maximum(most_R, jnp.max(scores_RS, axis=-1))
+        weights_RS = jnp.where(seen_1S, jnp.exp(scores_RS - new_most_R[:, None]), 0.0)
+        old_R = jnp.exp(most_R - new_most_R)
+        new_RH = jnp.dot(weights_RS.astype(values_SH.dtype), values_SH, preferred_element_type=jnp.float32)
+        return old_R[:, None] * mixed_RH + new_RH, new_most_R, old_R * total_R + jnp.sum(weights_RS, axis=-1)
 
-    nothing = jnp.zeros((G, H)), jnp.full((G,), MASKED), jnp.zeros((G,))
+    R = copies * G
+    nothing = jnp.zeros((R, H)), jnp.full((R,), MASKED), jnp.zeros((R,))
     blocks = (jnp.maximum(end - first, 0) + BLOCK - 1) // BLOCK
-    mixed_ref[0, 0, 0], most_ref[0, 0, 0], total_ref[0, 0, 0] = jax.lax.fori_loop(0, blocks, add, nothing)
+    mixed_RH, most_R, total_R = jax.lax.fori_loop(0, blocks, add, nothing)
+    total_R = jnp.maximum(total_R, 1e-30)  # of a stretch without a token 0
+    mixed_RH, lse_R = mixed_RH / total_R[:, None], most_R + jnp.log(total_R)
+    mixed_ref[0, 0, 0] = jnp.max(mixed_RH.reshape(copies, G, H), axis=0).astype(mixed_ref.dtype)  # the copies are equal
+    lse_ref[0, 0, 0] = jnp.max(lse_R.reshape(copies, G), axis=0)
 
 
-def _partition(window: int, interpret: bool, mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
+def _partition(interpret: bool, mesh: Any, arg_shapes: Any, result_shape: Any) -> Any:
     """Rows and heads are independent: each device computes its own."""
     rows, heads = (*arg_shapes[0].sharding.spec, None, None)[:2]
     four, one = NamedSharding(mesh, PartitionSpec(rows, heads)), NamedSharding(mesh, PartitionSpec(rows))
-    own = partial(decode_attention.fun, window=window, interpret=interpret)
+    own = partial(decode_attention.fun, interpret=interpret)
     return mesh, own, four, (four, four, four, one)
 
 

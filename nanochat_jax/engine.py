@@ -121,7 +121,11 @@ class Engine:
 
     @property
     def compilations(self) -> int:
-        """Programs compiled so far: at most one for each length of chunk, and two more; four where prompts are kept."""
+        """Programs compiled so far.
+
+        At most two for each length of chunk, as a prompt's first and as a later one, and two more; four where prompts
+        are kept.
+        """
         return len(self._call)
 
     @property

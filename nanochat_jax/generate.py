@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import model
-from nanochat_jax.cache import KVCache, Stretch, init_cache, put, take
+from nanochat_jax.cache import EmptyCache, KVCache, Stretch, init_cache, put, take
 from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute, default_compute
@@ -118,6 +118,20 @@ def prefill(
     return Rows(cache, logits_BV, mark_seen(rows.seen_BV, tokens_BT, counts_B))
 
 
+def begin(
+    params: model.Params,
+    rows: Rows,
+    tokens_BT: jax.Array,
+    counts_B: jax.Array,
+    *,
+    cfg: Architecture,
+    compute: Compute,
+) -> Rows:
+    """As prefill, of rows that hold nothing yet: attention need not look into their cache."""
+    empty = rows._replace(cache=EmptyCache(*rows.cache))
+    return prefill(params, empty, tokens_BT, counts_B, cfg=cfg, compute=compute)
+
+
 def snapshot(rows: Rows, row: jax.Array, *, size: int) -> Stretch:
     """What the last tokens added to one of the rows' caches."""
     return take(rows.cache, row, size)
@@ -218,7 +232,7 @@ def _generate(
 ) -> jax.Array:
     B = prompts_BT.shape[0]
     rows = empty_rows(B, cfg, compute, cfg.sequence_len)
-    rows = prefill(params, rows, prompts_BT, counts_B, cfg=cfg, compute=compute)
+    rows = begin(params, rows, prompts_BT, counts_B, cfg=cfg, compute=compute)
     slots = Slots(rows, jnp.broadcast_to(stop_V, rows.seen_BV.shape), how)
     sampled_BT = jnp.full((B, max_new), -1, jnp.int32)
     return decode(params, slots, sampled_BT, cfg.sequence_len - counts_B, cfg=cfg, compute=compute)[1].tokens_BT

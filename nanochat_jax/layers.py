@@ -74,6 +74,11 @@ def _rms_norm_backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) 
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
+def keep_and_norm(x: jax.Array, uses: int) -> tuple[jax.Array, ...]:
+    """x itself, and its rms_norm once for each use: row_kernels.py has the same in a kernel."""
+    return (x, *[rms_norm(x)] * uses)
+
+
 def linear(x: jax.Array, kernel_IO: jax.Array, *, fp8: bool = False) -> jax.Array:
     """x @ kernel in the dtype of x, or from 8-bit operands: master weights may be wider."""
     if fp8:

@@ -5,6 +5,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax import loss_kernels
+from nanochat_jax.sharding import left_to_compiler
+
 
 def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
     """Squash logits smoothly into ±cap; None leaves them alone."""
@@ -98,10 +101,12 @@ def _cross_entropy_forward(
     cap: float | None, vocab_size: int, x_ND: jax.Array, head_DV: jax.Array, targets_N: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     logits_NV = x_ND @ head_DV
-    capped_NV = _without_padding(_capped_and_slope(logits_NV, cap)[0], vocab_size)
-    # Capped logits need no maximum taken off before the exponential: one pass over them less.
-    most_N1 = cap if cap is not None else jnp.max(capped_NV, axis=-1, keepdims=True)
-    lse_N = (jnp.log(jnp.sum(jnp.exp(capped_NV - most_N1), axis=-1, keepdims=True)) + most_N1)[:, 0]
+    plain = partial(_log_sum_exp, cap=cap, vocab_size=vocab_size)
+    if cap is not None and _kernels_fit(logits_NV):
+        kernel = partial(loss_kernels.log_sum_exp, cap=cap, vocab_size=vocab_size)
+        lse_N = jax.lax.platform_dependent(logits_NV, cuda=kernel, default=plain)
+    else:
+        lse_N = plain(logits_NV)
     target_N = jnp.take_along_axis(logits_NV, jnp.maximum(targets_N, 0)[:, None], axis=-1)[:, 0]
     loss_N = jnp.where(targets_N >= 0, lse_N - softcap(target_N.astype(jnp.float32), cap), 0.0)
     return loss_N, (x_ND, head_DV, targets_N, logits_NV, lse_N)
@@ -114,15 +119,43 @@ def _cross_entropy_backward(
     # memory and one pass less than differentiating through a float32 log-softmax.
     x_ND, head_DV, targets_N, logits_NV, lse_N = residuals
     logits_NV = jax.lax.optimization_barrier(logits_NV)  # or XLA keeps the forward pass's float32 logits for this
-    capped_NV, slope_NV = _capped_and_slope(logits_NV, cap)
-    probs_NV = jnp.exp(_without_padding(capped_NV, vocab_size) - lse_N[:, None])
-    is_target_NV = targets_N[:, None] == jnp.arange(head_DV.shape[1], dtype=targets_N.dtype)[None, :]
-    grad_N = jnp.where(targets_N >= 0, grad_N, 0.0)
-    grad_logits_NV = ((probs_NV - is_target_NV) * grad_N[:, None] * slope_NV).astype(x_ND.dtype)
+    operands = logits_NV, lse_N, targets_N, jnp.where(targets_N >= 0, grad_N, 0.0)
+    plain = partial(_gradient, cap=cap, vocab_size=vocab_size)
+    if cap is not None and _kernels_fit(logits_NV):
+        kernel = partial(loss_kernels.gradient, cap=cap, vocab_size=vocab_size)
+        grad_logits_NV = jax.lax.platform_dependent(*operands, cuda=kernel, default=plain)
+    else:
+        grad_logits_NV = plain(*operands)
     return grad_logits_NV @ head_DV.T, x_ND.T @ grad_logits_NV, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _kernels_fit(logits_NV: jax.Array) -> bool:
+    return loss_kernels.fits(logits_NV) and not left_to_compiler()
+
+
+def _log_sum_exp(logits_NV: jax.Array, *, cap: float | None, vocab_size: int) -> jax.Array:
+    capped_NV = _without_padding(_capped_and_slope(logits_NV, cap)[0], vocab_size)
+    # Capped logits need no maximum taken off before the exponential: one pass over them less.
+    most_N1 = cap if cap is not None else jnp.max(capped_NV, axis=-1, keepdims=True)
+    return (jnp.log(jnp.sum(jnp.exp(capped_NV - most_N1), axis=-1, keepdims=True)) + most_N1)[:, 0]
+
+
+def _gradient(
+    logits_NV: jax.Array,
+    lse_N: jax.Array,
+    targets_N: jax.Array,
+    grad_N: jax.Array,
+    *,
+    cap: float | None,
+    vocab_size: int,
+) -> jax.Array:
+    capped_NV, slope_NV = _capped_and_slope(logits_NV, cap)
+    probs_NV = jnp.exp(_without_padding(capped_NV, vocab_size) - lse_N[:, None])
+    is_target_NV = targets_N[:, None] == jnp.arange(logits_NV.shape[1], dtype=targets_N.dtype)[None, :]
+    return ((probs_NV - is_target_NV) * grad_N[:, None] * slope_NV).astype(logits_NV.dtype)
 
 
 def _capped_and_slope(logits_NV: jax.Array, cap: float | None) -> tuple[jax.Array, jax.Array | float]:

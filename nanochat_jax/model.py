@@ -6,13 +6,14 @@ other files see no Module. Matrices are (in, out); torch's are (out, in).
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from nanochat_jax import attention, layers
+from nanochat_jax import attention, layers, row_kernels, sharding
 from nanochat_jax.cache import KVCache
 from nanochat_jax.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, Architecture, LayerSpec, ModelConfig, from_json
 from nanochat_jax.gpt2 import GPT2, GPT2Config
@@ -43,31 +44,35 @@ def _linspace(start: float, stop: float) -> nn.initializers.Initializer:
 
 
 class Attention(nn.Module):
-    """Queries, keys and values, mixed by `mix`, and the projection behind them: (B, T, D) → (B, T, D)."""
+    """Queries, keys and values, mixed by `mix`, and the projection behind them: thrice (B, T, D) → (B, T, D)."""
 
     cfg: ModelConfig
     spec: LayerSpec
     compute: Compute
+    rows: ModuleType
 
     @nn.compact
-    def __call__(self, h_BTD: jax.Array, tokens_BT: jax.Array, rotation: Rotation, mix: Mix) -> jax.Array:
-        cfg, (B, T) = self.cfg, h_BTD.shape[:2]
+    def __call__(
+        self, for_q_BTD: jax.Array, for_k_BTD: jax.Array, for_v_BTD: jax.Array,
+        tokens_BT: jax.Array, rotation: Rotation, mix: Mix,
+    ) -> jax.Array:  # fmt: skip
+        cfg, (B, T) = self.cfg, tokens_BT.shape
         q_dim, kv_dim = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
         uniform = _uniform((3 / cfg.n_embd) ** 0.5)
         linear = partial(layers.linear, fp8=self.compute.fp8)
-        q_BTNH = linear(h_BTD, param(self, "q", uniform, (cfg.n_embd, q_dim), ("embed", "heads")))
-        k_BTKH = linear(h_BTD, param(self, "k", uniform, (cfg.n_embd, kv_dim), ("embed", "kv_heads")))
-        v_BTKH = linear(h_BTD, param(self, "v", uniform, (cfg.n_embd, kv_dim), ("embed", "kv_heads")))
+        q_BTNH = linear(for_q_BTD, param(self, "q", uniform, (cfg.n_embd, q_dim), ("embed", "heads")))
+        k_BTKH = linear(for_k_BTD, param(self, "k", uniform, (cfg.n_embd, kv_dim), ("embed", "kv_heads")))
+        v_BTKH = linear(for_v_BTD, param(self, "v", uniform, (cfg.n_embd, kv_dim), ("embed", "kv_heads")))
         q_BTNH = q_BTNH.reshape(B, T, cfg.n_head, cfg.head_dim)
         k_BTKH, v_BTKH = (x.reshape(B, T, cfg.n_kv_head, cfg.head_dim) for x in (k_BTKH, v_BTKH))
         if self.spec.has_value_embed:
             shape = (cfg.padded_vocab_size, kv_dim)
             table = param(self, "value_embed", uniform, shape, ("value_vocab", "kv_heads"), self.compute.dtype)
             gate = param(self, "ve_gate", _positive(0.02), (VE_GATE_CHANNELS, cfg.n_kv_head), (None, "kv_heads"))
-            gate_BTK1 = 3 * jax.nn.sigmoid(layers.linear(h_BTD[..., :VE_GATE_CHANNELS], gate))[..., None]
+            gate_BTK1 = 3 * jax.nn.sigmoid(layers.linear(for_v_BTD[..., :VE_GATE_CHANNELS], gate))[..., None]
             rows_BTKH = layers.embed(table, tokens_BT).astype(v_BTKH.dtype).reshape(v_BTKH.shape)
             v_BTKH += gate_BTK1 * layers.turn_rows(rows_BTKH)
-        q_BTNH, k_BTKH = (layers.rotate_and_norm(x, *rotation, QK_SCALE) for x in (q_BTNH, k_BTKH))
+        q_BTNH, k_BTKH = (self.rows.rotate_and_norm(x, *rotation, QK_SCALE) for x in (q_BTNH, k_BTKH))
         mixed_BTNH = mix(q_BTNH, k_BTKH, v_BTKH)
         proj = param(self, "proj", nn.initializers.zeros, (q_dim, cfg.n_embd), ("heads", "embed"))
         if self.compute.attention.startswith("splash"):  # a TPU would copy to bring the heads beside each other
@@ -97,12 +102,15 @@ class Block(nn.Module):
     cfg: ModelConfig
     spec: LayerSpec
     compute: Compute
+    rows: ModuleType  # where its norms are computed: layers or row_kernels
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array, rotation: Rotation, mix: Mix) -> jax.Array:
-        attn = Attention(self.cfg, self.spec, self.compute, name="attn")
-        x_BTD += attn(rms_norm(x_BTD), tokens_BT, rotation, mix)
-        return x_BTD + MLP(self.cfg, self.compute, name="mlp")(rms_norm(x_BTD))
+        attn = Attention(self.cfg, self.spec, self.compute, self.rows, name="attn")
+        x_BTD, for_q_BTD, for_k_BTD, for_v_BTD = self.rows.keep_and_norm(x_BTD, 3)
+        x_BTD += attn(for_q_BTD, for_k_BTD, for_v_BTD, tokens_BT, rotation, mix)
+        x_BTD, normed_BTD = self.rows.keep_and_norm(x_BTD, 1)
+        return x_BTD + MLP(self.cfg, self.compute, name="mlp")(normed_BTD)
 
 
 class Transformer(nn.Module):
@@ -140,6 +148,8 @@ class Transformer(nn.Module):
             positions_BT = positions_BT + cache.lengths_B[:, None]
         rotation = layers.rotary(positions_BT, cfg.head_dim, dtype)
 
+        by_kernels = cache is None and self.compute.attention == "cudnn" and not sharding.left_to_compiler()
+        rows = row_kernels if by_kernels and row_kernels.fits(x_BTD, cfg.head_dim) else layers
         x0_BTD, new_keys, new_values = x_BTD, [], []
         for i, spec in enumerate(cfg.layer_specs()):
 
@@ -160,7 +170,7 @@ class Transformer(nn.Module):
                 return mixed
 
             x_BTD = (resid_lambdas[i] * x_BTD + x0_lambdas[i] * x0_BTD).astype(dtype)
-            x_BTD = Block(cfg, spec, self.compute, name=f"block_{i}")(x_BTD, tokens_BT, rotation, mix)
+            x_BTD = Block(cfg, spec, self.compute, rows, name=f"block_{i}")(x_BTD, tokens_BT, rotation, mix)
             if i == cfg.n_layer // 2:
                 midway_BTD = x_BTD
         # In one or two layers the midway point is the end: backout would scale x, which the norm undoes, and its

@@ -105,6 +105,7 @@ class Prefill:
         self.chunk_lens.append(whole)
         self._prefixes = Prefixes(whole, reuse_tokens // whole)
         self.prompt_tokens = self.reused_tokens = 0  # of all prompts so far; of them, those not computed again
+        programs.add("begin", partial(generate.begin, **how), out_shardings=at, donate_argnums=1)
         programs.add("prefill", partial(generate.prefill, **how), out_shardings=at, donate_argnums=1)
         programs.add("restore", generate.restore, out_shardings=at, donate_argnums=0)
         programs.add("snapshot", partial(generate.snapshot, size=whole), out_shardings=at)
@@ -133,7 +134,7 @@ class Prefill:
                     only_B = np.where(np.arange(self._rows) == row, counts_B, 0).astype(np.int32)
                     rows = self._call("restore", rows, stretches[prompt][number], tokens_BT, only_B)
             else:
-                rows = self._call("prefill", params, rows, tokens_BT, counts_B)
+                rows = self._call("prefill" if number else "begin", params, rows, tokens_BT, counts_B)
                 if self._prefixes.capacity and number < len(chunks) - 1:
                     for prompt, row in prompts.items():
                         stretches[prompt].append(self._call("snapshot", rows, np.int32(row)))

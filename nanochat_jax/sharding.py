@@ -235,26 +235,30 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulate: int | None =
     return {name: put(rows) for name, rows in batch.items()}
 
 
+def left_to_compiler() -> dict[str, int]:
+    """Sizes of those axes of the context's mesh that no surrounding shard_map has cut; none if all are 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+    return free if any(size > 1 for size in free.values()) else {}
+
+
 def over_rows_and_heads(
     attend: Callable[..., jax.Array],
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array | None,
+    of_rows_BT: jax.Array | None,
 ) -> jax.Array:
     """Attention by a kernel, which the compiler cannot cut over devices by itself, on each device's rows and heads.
 
     Over the mesh of the context (see `on`): rows over its batch axes and heads over `tensor`, as far as they divide.
-    Axes that a surrounding shard_map has cut already are left alone.
+    What else it needs for each row, such as segment ids, goes with the rows. Axes that a surrounding shard_map has cut
+    already are left alone.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        name: mesh.shape[name]
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
-    }
-    if all(size == 1 for size in free.values()):
-        return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    free = left_to_compiler()
+    if not free:
+        return attend(q_BTNH, k_BTKH, v_BTKH, of_rows_BT)
     rows: tuple[str, ...] = ()
     parts = 1
     for name in BATCH_AXES:
@@ -269,7 +273,7 @@ def over_rows_and_heads(
         axis_names=set(free),
         check_vma=False,  # kernels do not say over which axes their results vary
     )
-    return cut(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    return cut(q_BTNH, k_BTKH, v_BTKH, of_rows_BT)
 
 
 MatrixFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]

@@ -20,7 +20,7 @@ def example(S, window):
     keys = jax.random.split(jax.random.key(S), 3)
     q_BKGH = jax.random.normal(keys[0], (B, K, G, H))
     k_BKSH, v_BKSH = (jax.random.normal(key, (B, K, S, H)) for key in keys[1:])
-    is_ring = window < S
+    is_ring = window == S - 1
     lengths_B = jnp.array([1, 5, BLOCK, BLOCK + 1, S - 1, S, S + 3 if is_ring else 2, 2 * S if is_ring else 7])
     lengths_B = lengths_B.astype(jnp.int32)
     positions_BS = slot_positions(lengths_B, S)
@@ -30,10 +30,10 @@ def example(S, window):
     return (q_BKGH, k_BKSH, v_BKSH, lengths_B), expected.reshape(B, K, G, H)
 
 
-@pytest.mark.parametrize(("S", "window"), [(65, 64), (300, 1000), (513, 512), (700, 100)])
+@pytest.mark.parametrize(("S", "window"), [(65, 64), (300, 1000), (513, 512), (700, 699)])
 def test_kernel_sees_what_the_mask_allows(S, window):
     operands, expected = example(S, window)
-    np.testing.assert_allclose(decode_attention(*operands, window, True), expected, atol=2e-6)
+    np.testing.assert_allclose(decode_attention(*operands, True), expected, atol=2e-6)
 
 
 def test_rows_and_heads_stay_on_their_devices():
@@ -41,7 +41,7 @@ def test_rows_and_heads_stay_on_their_devices():
     mesh = jax.make_mesh((4, 2), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2)
     specs = [PartitionSpec("rows", "heads")] * 3 + [PartitionSpec("rows")]
     placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands, specs, strict=True)]
-    program = jax.jit(lambda *operands: decode_attention(*operands, 1000, True)).lower(*placed).compile()
+    program = jax.jit(lambda *operands: decode_attention(*operands, True)).lower(*placed).compile()
     assert not any(kind in program.as_text() for kind in ("all-gather", "all-reduce", "collective-permute"))
     result = program(*placed)
     np.testing.assert_allclose(result, expected, atol=2e-6)
@@ -54,7 +54,7 @@ def test_rows_and_heads_stay_on_their_devices():
 def test_kernel_is_one_that_triton_takes(gpu, dtype, groups):
     q_BKGH = jax.ShapeDtypeStruct((4, 3, groups, 128), dtype)
     k_BKSH, lengths_B = jax.ShapeDtypeStruct((4, 3, 513, 128), dtype), jax.ShapeDtypeStruct((4,), jnp.int32)
-    kernel = jax.jit(lambda *operands: decode_attention.fun(*operands, 512))
+    kernel = jax.jit(lambda *operands: decode_attention.fun(*operands))
     with use_abstract_mesh(AbstractMesh((1,), ("one",), abstract_device=AbstractDevice(gpu, 108, "gpu"))):
         lowered = kernel.trace(q_BKGH, k_BKSH, k_BKSH, lengths_B).lower(lowering_platforms=("cuda",))
     assert "triton" in lowered.as_text()
@@ -71,6 +71,8 @@ def test_it_decodes_where_cudnn_attends(backend, kernels):
 
 
 def test_odd_shapes_are_declined():
-    assert supports(jnp.zeros((1, 1, 1, 128)), jnp.zeros((1, 1, 513, 128)))
-    assert not supports(jnp.zeros((1, 1, 3, 128)), jnp.zeros((1, 1, 513, 128)))
-    assert not supports(jnp.zeros((1, 1, 1, 128)), jnp.zeros((1, 1, BLOCK - 1, 128)))
+    one, keys = jnp.zeros((1, 1, 1, 128)), jnp.zeros((1, 1, 513, 128))
+    assert supports(one, keys, 512)
+    assert not supports(one, keys, 511)
+    assert not supports(jnp.zeros((1, 1, 3, 128)), keys, 512)
+    assert not supports(one, keys[:, :, : BLOCK - 1], 512)

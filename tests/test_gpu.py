@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import attention, decode_attention, gram
+from nanochat_jax import attention, decode_attention, gram, layers, loss_kernels, losses, row_kernels
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.metrics import read_metrics
 
@@ -109,16 +109,66 @@ def test_symmetric_products_equal_plain_ones(of_columns):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(("S", "window"), [(513, 512), (2048, 4096)])
-def test_decoding_attention_equals_the_reference(S, window, groups):
+@pytest.mark.parametrize("S", [513, 2048])
+def test_decoding_attention_equals_the_reference(S, groups):
     keys = jax.random.split(jax.random.key(0), 3)
     q_BKGH = jax.random.normal(keys[0], (4, 3, groups, 128), jnp.bfloat16)
     k_BKSH, v_BKSH = (jax.random.normal(key, (4, 3, S, 128), jnp.bfloat16) for key in keys[1:])
     lengths_B = jnp.array([1, 300, S, S - 1], jnp.int32)
-    found = jax.jit(decode_attention.decode_attention, static_argnums=4)(q_BKGH, k_BKSH, v_BKSH, lengths_B, window)
+    found = jax.jit(decode_attention.decode_attention)(q_BKGH, k_BKSH, v_BKSH, lengths_B)
     wide = (x.astype(jnp.float32) for x in (q_BKGH, k_BKSH, v_BKSH))
-    wanted = decode_attention.decode_attention(*wide, lengths_B, window, True)
+    wanted = decode_attention.decode_attention(*wide, lengths_B, True)
     assert relative_error(found, wanted) < 5e-3
+
+
+@pytest.mark.parametrize("T", [32, 128])
+def test_a_chunk_sees_what_the_mask_allows(T):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q_BTNH = jax.random.normal(keys[0], (2, T, 4, 128), jnp.bfloat16)
+    k_BKSH, v_BKSH = (jax.random.normal(key, (2, 2, 513 + T, 128), jnp.bfloat16) for key in keys[1:])
+    mask_BTS = jnp.arange(513 + T)[None, None] <= 300 + jnp.arange(T)[None, :, None] + jnp.arange(2)[:, None, None]
+    found = jax.jit(attention._cudnn_masked_attention)(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
+    wide = (x.astype(jnp.float32) for x in (q_BTNH, k_BKSH, v_BKSH))
+    assert relative_error(found, attention.masked_attention(*wide, mask_BTS)) < 5e-3
+
+
+@pytest.mark.parametrize("width", [768, 1536])
+def test_norms_of_whole_rows_equal_the_plain_ones(width):
+    keys = jax.random.split(jax.random.key(0), 5)
+    x_BTD, *weights = (jax.random.normal(key, (2, 256, width), jnp.bfloat16) for key in keys)
+    rotation = layers.rotary(jnp.arange(256)[None], 128, jnp.bfloat16)
+
+    def run(rows):
+        def weighted(x_BTD):
+            found = rows.keep_and_norm(x_BTD, 3)
+            heads_BTNH = found[1].reshape(2, 256, -1, 128)
+            turned_BTD = rows.rotate_and_norm(heads_BTNH, *rotation, 1.2).reshape(x_BTD.shape)
+            found = (found[0], turned_BTD, *found[2:])
+            return sum(jnp.sum((x * w).astype(jnp.float32)) for x, w in zip(found, weights, strict=True)), found
+
+        return jax.tree.leaves(jax.jit(jax.grad(weighted, has_aux=True))(x_BTD))
+
+    for found, wanted in zip(run(row_kernels), run(layers), strict=True):
+        assert relative_error(found, wanted) < 5e-3
+
+
+@pytest.mark.parametrize("vocab_size", [32768, 32700])
+def test_cross_entropy_by_kernels_equals_the_plain_one(vocab_size, monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x_BTD = jax.random.normal(keys[0], (2, 128, 256), jnp.bfloat16)
+    head_DV = 0.2 * jax.random.normal(keys[1], (256, 32768), jnp.bfloat16)
+    targets_BT = jax.random.randint(keys[2], (2, 128), -1, vocab_size)
+
+    def run():
+        def mean(x_BTD, head_DV):
+            return jnp.mean(losses.cross_entropy(x_BTD, head_DV, targets_BT, vocab_size, 15.0))
+
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(x_BTD, head_DV))
+
+    by_kernels = run()
+    monkeypatch.setattr(loss_kernels, "fits", lambda logits_NV: False)
+    for found, wanted in zip(by_kernels, run(), strict=True):
+        assert relative_error(found, wanted) < 3e-3
 
 
 def test_8_bit_products_train_within_one_percent(speeches, tmp_path):

@@ -54,14 +54,14 @@ def decode_row(
 ) -> dict[str, float]:
     """What one batch size takes, beside the time that reading weights and cache once would."""
     compute = config.device.compute.resolve()
-    prefill = jax.jit(partial(generate.prefill, cfg=cfg, compute=compute))
+    begin = jax.jit(partial(generate.begin, cfg=cfg, compute=compute))
     decode = jax.jit(partial(generate.decode, cfg=cfg, compute=compute), donate_argnums=1)
     empty = generate.empty_slots(batch, cfg, compute, cfg.sequence_len)
     prompt_BT = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, config.prompt), np.int32))
     counts_B = jnp.full(batch, config.prompt, jnp.int32)
-    first = seconds_per_call(lambda: prefill(params, empty.rows, prompt_BT, counts_B).logits_BV, config.device)
+    first = seconds_per_call(lambda: begin(params, empty.rows, prompt_BT, counts_B).logits_BV, config.device)
     how = jax.tree.map(jnp.asarray, SamplingArrays.of([Sampling(temperature=0.8, top_k=50)] * batch))
-    slots = empty._replace(rows=prefill(params, empty.rows, prompt_BT, counts_B), how=how)
+    slots = empty._replace(rows=begin(params, empty.rows, prompt_BT, counts_B), how=how)
     forced_BT, limits_B = jnp.full((batch, config.new_tokens), -1, jnp.int32), jnp.full(batch, config.new_tokens)
     times = []
     for _ in range(config.device.repeats + 1):
