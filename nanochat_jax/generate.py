@@ -176,13 +176,14 @@ def decode(
     # Whether all have halted is known on the host only after the device has caught up, which costs a GPU more than idle
     # steps.
     between_looks = 1 if on_cpu else min(T, STEPS_BETWEEN_LOOKS)
+    by_kernel = compute.attention == "cudnn"
     # A running slot takes one token a step. Drawn here, for all steps: the generator is slow on few numbers.
     positions_BT = slots.rows.cache.lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     uniforms_BT = uniforms(slots.how.seed_B, positions_BT)
 
     def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         t, rows, live_B, sampled = state
-        chosen_B = choose(rows.logits_BV, slots.how, uniforms_BT[:, t], rows.seen_BV)
+        chosen_B = choose(rows.logits_BV, slots.how, uniforms_BT[:, t], rows.seen_BV, by_kernel=by_kernel)
         forced_B = forced_BT[:, t] >= 0
         token_B = jnp.where(forced_B, forced_BT[:, t], chosen_B)
         token_B1, counts_B = token_B[:, None], live_B.astype(jnp.int32)

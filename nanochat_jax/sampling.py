@@ -1,8 +1,7 @@
 """How the next token is chosen: temperature, truncation and repetition penalty, for each row of a batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.threshold import Vector, least_probability
 
 DRAW_BLOCK = 64  # tokens, about the root of a vocabulary
-
-type Vector = jax.Array | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,9 @@ def uniforms(seed_B: Vector, positions_BT: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(uniform, (None, 0)))(seed_B, positions_BT)
 
 
-def choose(logits_BV: jax.Array, how: SamplingArrays, uniforms_B: jax.Array, seen_BV: jax.Array) -> jax.Array:
+def choose(
+    logits_BV: jax.Array, how: SamplingArrays, uniforms_B: jax.Array, seen_BV: jax.Array, *, by_kernel: bool = False
+) -> jax.Array:
     """Choose a token for each row.
 
     A row's choice depends on its own logits, sampling, random number and seen tokens alone, never on its neighbours.
@@ -83,6 +83,7 @@ def choose(logits_BV: jax.Array, how: SamplingArrays, uniforms_B: jax.Array, see
         how: each row's sampling.
         uniforms_B: a random number in [0, 1) for each row.
         seen_BV: bool, the tokens that the repetition penalty is for.
+        by_kernel: as least_probability's.
 
     Returns:
         (B,) int32 token ids.
@@ -96,7 +97,8 @@ def choose(logits_BV: jax.Array, how: SamplingArrays, uniforms_B: jax.Array, see
     weights_BV = jnp.exp(below_BV / jnp.maximum(how.temperature_B, 1e-6)[:, None])  # of the likeliest exactly 1
     most_B1 = 1 / jnp.sum(weights_BV, axis=-1, keepdims=True)
     probs_BV = weights_BV * most_B1
-    least_B = jnp.maximum(least_probability(probs_BV, how.top_k_B, how.top_p_B), how.min_p_B * most_B1[:, 0])
+    least_B = least_probability(probs_BV, how.top_k_B, how.top_p_B, by_kernel=by_kernel)
+    least_B = jnp.maximum(least_B, how.min_p_B * most_B1[:, 0])
     drawn_B = _draw(jnp.where(probs_BV >= least_B[:, None], probs_BV, 0.0), uniforms_B)
     return jnp.where(how.temperature_B > 0, drawn_B, _first(below_BV == 0))
 
@@ -128,61 +130,6 @@ def _pick(weights_BN: jax.Array, uniforms_B: jax.Array) -> tuple[jax.Array, jax.
     mass_B1, weight_B1 = (jnp.take_along_axis(x_BN, index_B[:, None], axis=1) for x_BN in (mass_BN, weights_BN))
     rest_B = (share_B1 - (mass_B1 - weight_B1))[:, 0] / weight_B1[:, 0]
     return index_B, jnp.clip(rest_B, 0, 1 - 2**-24)
-
-
-def least_probability(probs_BV: jax.Array, top_k_B: Vector, top_p_B: Vector) -> jax.Array:
-    """The probability from which on tokens are kept: those with fewer than top_k, and less than top_p, before them.
-
-    Tokens exactly as likely as the last one kept are kept too.
-    """
-    most_B = jnp.where(top_k_B > 0, top_k_B, probs_BV.shape[1] + 1)
-    mass_B = jnp.where(top_p_B < 1, top_p_B, jnp.inf)  # a sum of everything may round to 1
-    bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)  # ordered as the floats are
-    operands = probs_BV, bits_BV, most_B, mass_B
-    least_B = jax.lax.platform_dependent(*operands, cpu=_least_by_halves, default=_least_by_digits)
-    return jax.lax.bitcast_convert_type(least_B, jnp.float32)
-
-
-ONE_BITS = int(np.float32(1).view(np.int32))
-DIGIT = 3  # bits found at a time where kernels are cheap and the launch of one is not
-
-
-def _least_by_halves(probs_BV: jax.Array, bits_BV: jax.Array, most_B: jax.Array, mass_B: jax.Array) -> jax.Array:
-    """The least bit pattern that both limits still allow, by bisection: on CPUs several times faster than sorting."""
-    limits = (
-        (
-            jnp.any(most_B <= probs_BV.shape[1]),
-            lambda likelier_BV: jnp.sum(likelier_BV.astype(jnp.float32), axis=-1) < most_B,
-        ),
-        (jnp.any(mass_B < 1), lambda likelier_BV: jnp.sum(jnp.where(likelier_BV, probs_BV, 0), axis=-1) < mass_B),
-    )
-
-    def bisect(allows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            low_B, high_B = bounds
-            middle_B = (low_B + high_B) // 2
-            allowed_B = allows(bits_BV > middle_B[:, None])
-            return jnp.where(allowed_B, low_B, middle_B + 1), jnp.where(allowed_B, middle_B, high_B)
-
-        bounds = jnp.zeros_like(bits_BV[:, 0]), jnp.full_like(bits_BV[:, 0], ONE_BITS)
-        return jax.lax.fori_loop(0, ONE_BITS.bit_length(), halve, bounds)[1]
-
-    # Most of the sampler's time; whether it is spent depends on the neighbours, what comes of it does not.
-    none_B = jnp.zeros_like(bits_BV[:, 0])
-    return jnp.maximum(*(jax.lax.cond(used, partial(bisect, allows), lambda: none_B) for used, allows in limits))
-
-
-def _least_by_digits(probs_BV: jax.Array, bits_BV: jax.Array, most_B: jax.Array, mass_B: jax.Array) -> jax.Array:
-    """The same, several bits at a time: on GPUs and TPUs a few wide kernels in place of a long chain of small ones."""
-    least_B, limits_B2 = jnp.zeros_like(bits_BV[:, 0]), jnp.stack([most_B.astype(jnp.float32), mass_B], axis=1)
-    worth_B21V = jnp.stack([jnp.ones_like(probs_BV), probs_BV], axis=1)[:, :, None]
-    for shift in range(ONE_BITS.bit_length() - DIGIT, -1, -DIGIT):
-        steps_1D = jnp.arange(1, 2**DIGIT, dtype=jnp.int32)[None] << shift
-        likelier_BDV = bits_BV[:, None] >= (least_B[:, None] + steps_1D)[:, :, None]
-        sums_B2D = jnp.sum(jnp.where(likelier_BDV[:, None], worth_B21V, 0), axis=-1)
-        refused_BD = jnp.any(sums_B2D >= limits_B2[:, :, None], axis=1)
-        least_B += jnp.sum(refused_BD, axis=-1, dtype=jnp.int32) << shift
-    return least_B
 
 
 def mark_seen(seen_BV: jax.Array, tokens_BT: jax.Array, counts_B: jax.Array) -> jax.Array:

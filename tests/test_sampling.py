@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import sampling
 from nanochat_jax.errors import UserError
-from nanochat_jax.sampling import Sampling, SamplingArrays, choose, least_probability, uniforms
+from nanochat_jax.sampling import Sampling, SamplingArrays, choose, uniforms
+from nanochat_jax.threshold import least_probability
 
 
 def draws(logits, how: Sampling, count: int = 4000, seen: tuple[int, ...] = ()) -> np.ndarray:
@@ -81,13 +81,3 @@ def test_repetition_penalty_makes_seen_tokens_less_likely():
 def test_impossible_sampling_is_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         Sampling(**bad)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_both_searches_find_the_same_threshold(seed):
-    probs_BV = jax.nn.softmax(3 * jax.random.normal(jax.random.key(seed), (8, 700)))
-    bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
-    most_B = jnp.array([701, 1, 2, 5, 50, 701, 701, 700], jnp.int32)
-    mass_B = jnp.array([jnp.inf, jnp.inf, 0.9, 0.5, jnp.inf, 0.1, 0.999, jnp.inf], jnp.float32)
-    operands = probs_BV, bits_BV, most_B, mass_B
-    np.testing.assert_array_equal(sampling._least_by_digits(*operands), sampling._least_by_halves(*operands))
