@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import attention, decode_attention, gram, layers, loss_kernels, losses, row_kernels
+from nanochat_jax import attention, decode_attention, gram, layers, loss_kernels, losses, row_kernels, threshold
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.metrics import read_metrics
 
@@ -130,6 +130,16 @@ def test_a_chunk_sees_what_the_mask_allows(T):
     found = jax.jit(attention._cudnn_masked_attention)(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
     wide = (x.astype(jnp.float32) for x in (q_BTNH, k_BKSH, v_BKSH))
     assert relative_error(found, attention.masked_attention(*wide, mask_BTS)) < 5e-3
+
+
+@pytest.mark.parametrize("V", [4107, 32768])
+def test_the_kernel_finds_the_same_threshold(V):
+    probs_BV = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (6, V)))
+    most_B = jnp.array([V + 1, 1, 50, V + 1, 40, 7], jnp.int32)
+    mass_B = jnp.array([jnp.inf, jnp.inf, jnp.inf, 0.9, 0.5, 0.999])
+    found = jax.jit(threshold.least_by_kernel)(probs_BV, most_B, mass_B)
+    wanted = threshold.least_by_kernel(probs_BV, most_B, mass_B, True)
+    np.testing.assert_allclose(found, wanted, rtol=1e-2)  # sums in another order may stop at a neighbouring token
 
 
 @pytest.mark.parametrize("width", [768, 1536])
