@@ -32,7 +32,7 @@ BLOCK_SECONDS = 0.35e-6
 PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}  # of matrices, by kernel, for each block that is not skipped
 SLICE_LINK_BYTES_PER_SECOND = 6.25e9  # of a chip, over the network between slices
 # Runs of other ports whose MFU is public: as measured, and as estimated here by python -m tests.public_figures.
-PUBLIC_FIGURES = {"164 M parameters on one v6e": (0.483, 0.382)}
+PUBLIC_FIGURES = {"164 M parameters on one v6e": (0.483, 0.382), "depth 24 on v6e-8": (0.237, 0.334)}
 GIB = 2**30
 
 Numbers = dict[str, Any]  # nested; leaves are numbers that grow by the layer
