@@ -107,7 +107,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array, rotation: Rotation, mix: Mix) -> jax.Array:
         attn = Attention(self.cfg, self.spec, self.compute, self.rows, name="attn")
-        x_BTD, for_q_BTD, for_k_BTD, for_v_BTD = self.rows.keep_and_norm(x_BTD, 3)
+        x_BTD, for_q_BTD, for_k_BTD, for_v_BTD = self.rows.keep_and_norm(x_BTD, 3)  # all equal
         x_BTD += attn(for_q_BTD, for_k_BTD, for_v_BTD, tokens_BT, rotation, mix)
         x_BTD, normed_BTD = self.rows.keep_and_norm(x_BTD, 1)
         return x_BTD + MLP(self.cfg, self.compute, name="mlp")(normed_BTD)

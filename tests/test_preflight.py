@@ -164,7 +164,7 @@ def test_tests_run_on_the_cpu():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("libtpu")
-@pytest.mark.parametrize(("run", "estimate"), zip(preflight.PUBLIC_FIGURES, ("single", "pod"), strict=True))
+@pytest.mark.parametrize(("run", "estimate"), [*zip(preflight.PUBLIC_FIGURES, ("single", "pod"), strict=True)])
 def test_the_errors_that_are_told_are_those_of_today(run, estimate):
     _, estimated = preflight.PUBLIC_FIGURES[run]
     assert getattr(public_figures, estimate)() == pytest.approx(estimated, rel=0.02)
