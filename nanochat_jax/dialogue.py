@@ -22,7 +22,7 @@ from nanochat_jax.chat import Conversation, render_prompt
 from nanochat_jax.engine import Engine
 from nanochat_jax.errors import UserError
 from nanochat_jax.requests import Output, Request
-from nanochat_jax.streaming import Delta, Ended, Event, Handle, Usage, closing_tokens
+from nanochat_jax.streaming import Delta, Ended, Event, Handle, Usage, closing_tokens, joined
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class Service:
         if reason:
             self._end(output.request, reason, deltas=deltas, output=output.first(read))
         else:
-            handle.put(Event(tuple(deltas), output.first(read)))
+            handle.put(Event(joined(deltas), output.first(read)))
 
     def _end(
         self,
@@ -231,5 +231,5 @@ class Service:
             self._finished[reason] += 1
             if first is not None:
                 self._latencies.append(first)
-        last = (*deltas, *handle.stream.finish())
+        last = joined((*deltas, *handle.stream.finish()))
         handle.put(Event(last, output or Output(number), reason, usage, error))

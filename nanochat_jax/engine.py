@@ -11,6 +11,7 @@ from the request's seed and the token's position.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -23,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nanochat_jax import generate, model
 from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
-from nanochat_jax.generate import Sampled, in_dtype
+from nanochat_jax.generate import Sampled, Slots, in_dtype
 from nanochat_jax.layers import Compute, default_compute
 from nanochat_jax.prefill import Prefill, Programs, Prompt
 from nanochat_jax.requests import FinishReason, Output, Request
@@ -114,6 +115,9 @@ class Engine:
         self._call.add("insert", generate.insert, out_shardings=slots_at, donate_argnums=0)
         chunk = min(config.prefill_chunk, self.context_len)
         self.prefill = Prefill(self._call, config.prefill_rows, chunk, config.reuse_tokens, new_rows, at, how)
+        # One thread's programs run one after another. Over several devices they have to, lest they wait for each other.
+        n_banks = config.slots // self._bank
+        self._threads = ThreadPoolExecutor(n_banks, "bank") if n_banks > 1 and len(at.device_set) == 1 else None
         self._numbers = count()
         self._waiting: dict[int, _Progress] = {}  # by number, in order of arrival
         self._running: dict[int, _Progress] = {}  # by slot
@@ -182,17 +186,24 @@ class Engine:
             self._admit()
         if not self._running:
             return []
-        forced_BT = np.full((self.config.slots, self.config.steps_per_dispatch), -1, np.int32)
-        limits_B = np.zeros(self.config.slots, np.int32)
+        forced_NBT = np.full((len(self._banks), self._bank, self.config.steps_per_dispatch), -1, np.int32)
+        limits_NB = np.zeros(forced_NBT.shape[:2], np.int32)
         for slot, progress in self._running.items():
-            forced = progress.forced[: forced_BT.shape[1]]
-            forced_BT[slot, : len(forced)], limits_B[slot] = forced, progress.room
+            at, forced = divmod(slot, self._bank), progress.forced[: forced_NBT.shape[2]]
+            forced_NBT[at][: len(forced)], limits_NB[at] = forced, progress.room
+        banks = sorted({slot // self._bank for slot in self._running})
+        decode = self._call.compiled("decode", self._params, self._banks[0], forced_NBT[0], limits_NB[0])
+
+        def run(bank: int, slots: Slots) -> tuple[Slots, Sampled]:
+            slots, sampled = decode(self._params, slots, forced_NBT[bank], limits_NB[bank])
+            return slots, jax.device_get(sampled)
+
+        each = self._threads.map if self._threads and len(banks) > 1 else map
         sampled: dict[int, Sampled] = {}
-        for bank in {slot // self._bank for slot in self._running}:
-            slots = slice(bank * self._bank, (bank + 1) * self._bank)
-            args = self._params, self._banks[bank], forced_BT[slots], limits_B[slots]
-            self._banks[bank], sampled[bank] = self._call("decode", *args)
-        sampled = jax.device_get(sampled)
+        for bank, (self._banks[bank], sampled[bank]) in zip(
+            banks, each(run, banks, [self._banks[bank] for bank in banks]), strict=True
+        ):
+            pass
         return [self._advance(slot, sampled[slot // self._bank], slot % self._bank) for slot in list(self._running)]
 
     def run(self, requests: Sequence[Request]) -> list[Output]:

@@ -73,9 +73,14 @@ class Reader:
         self.begin = 0  # of the first word that was not
 
     def read(self, text: str, closing: bool) -> list[Word]:
-        folded = [fold(c) for c in text]
-        self._at += [i for i, plain in enumerate(folded, self._length) for _ in plain]
-        self._folded, self._length = self._folded + "".join(folded), self._length + len(text)
+        if text.isascii():  # folded, each character stands for itself, and most texts can be folded at once
+            self._folded += text.lower().translate(LOOKALIKES)
+            self._at += range(self._length, self._length + len(text))
+        else:
+            folded = [fold(c) for c in text]
+            self._folded += "".join(folded)
+            self._at += [i for i, plain in enumerate(folded, self._length) for _ in plain]
+        self._length += len(text)
         matches = list(WORDS.finditer(self._folded))
         n_sure = len(matches) if closing else max(0, len(matches) - TAIL_WORDS)
         words, cut = list[Word](), 0
@@ -166,7 +171,8 @@ class Phrases:
             if i > begin and words[i].begins_sentence:
                 return found
             states, ended, going_on = self._step(states, self._tests(words[i].readings))
-            found |= dict.fromkeys(ended, i + 1 - begin)
+            if ended:
+                found |= dict.fromkeys(ended, i + 1 - begin)
             if not going_on:
                 return found
         return found if closing else None

@@ -34,11 +34,15 @@ class Programs:
         """A function to be called by name; how: jax.jit's options."""
         self._functions[name] = jax.jit(function, **how)
 
-    def __call__(self, name: str, *args: Any) -> Any:
+    def compiled(self, name: str, *args: Any) -> jax.stages.Compiled:
+        """The program of a function for such arguments."""
         key = (name, *(arg.shape for arg in args if isinstance(arg, np.ndarray)))
         if key not in self._compiled:
             self._compiled[key] = self._functions[name].lower(*args).compile()
-        return self._compiled[key](*args)
+        return self._compiled[key]
+
+    def __call__(self, name: str, *args: Any) -> Any:
+        return self.compiled(name, *args)(*args)
 
     def __len__(self) -> int:
         return len(self._compiled)

@@ -106,14 +106,15 @@ class _Scanner:
         self._words += self._reader.read(text, closing)
         i = 0
         while i < len(self._words) and (found := self._benign.follow(self._words, i, closing)) is not None:
-            phrase = self._words[i : i + max(found.values(), default=1)]
-            first, last = phrase[0], phrase[-1]
+            first, length = self._words[i], max(found.values(), default=1)
+            last = self._words[i + length - 1]
             self._plain.append(first._replace(end=last.end, readings=frozenset()) if found else first)
-            i += len(phrase)
+            i += length
         del self._words[:i]
         findings, i = list[Finding](), 0
         while i < len(self._plain) and (found := self._phrases.follow(self._plain, i, closing)) is not None:
-            findings += self._findings(found, i)
+            if found:
+                findings += self._findings(found, i)
             i += 1
             if findings and findings[-1].action == "refuse":
                 break

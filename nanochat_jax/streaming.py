@@ -93,7 +93,7 @@ class TextStream:
         return rest if self.ended else rest + self._delta(held)
 
     def _emit(self, text: str) -> list[Delta]:
-        if self._type != "text":
+        if self._type != "text" or not self._stops:
             return self._delta(text)
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
@@ -112,12 +112,17 @@ class TextStream:
         return [Delta(self._number, cast(Literal["text"], self._type), text)] if text else []
 
 
-def parts(deltas: Iterable[Delta]) -> list[Part]:
-    """The parts of a message of which these deltas came, as conversations hold them."""
+def joined(deltas: Iterable[Delta]) -> tuple[Delta, ...]:
+    """The same text, with one delta for each part."""
     texts: dict[tuple[int, str], str] = {}
     for number, kind, text in deltas:
         texts[number, kind] = texts.get((number, kind), "") + text
-    return [{"type": cast(Literal["text"], kind), "text": text} for (_, kind), text in texts.items()]
+    return tuple(Delta(number, cast(Literal["text"], kind), text) for (number, kind), text in texts.items())
+
+
+def parts(deltas: Iterable[Delta]) -> list[Part]:
+    """The parts of a message of which these deltas came, as conversations hold them."""
+    return [{"type": delta.type, "text": delta.text} for delta in joined(deltas)]
 
 
 class Usage(NamedTuple):
