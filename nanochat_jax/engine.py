@@ -199,12 +199,10 @@ class Engine:
             return slots, jax.device_get(sampled)
 
         each = self._threads.map if self._threads and len(banks) > 1 else map
-        sampled: dict[int, Sampled] = {}
-        for bank, (self._banks[bank], sampled[bank]) in zip(
-            banks, each(run, banks, [self._banks[bank] for bank in banks]), strict=True
-        ):
-            pass
-        return [self._advance(slot, sampled[slot // self._bank], slot % self._bank) for slot in list(self._running)]
+        decoded = dict(zip(banks, each(run, banks, [self._banks[bank] for bank in banks]), strict=True))
+        for bank, (slots, _) in decoded.items():
+            self._banks[bank] = slots
+        return [self._advance(slot, decoded[slot // self._bank][1], slot % self._bank) for slot in list(self._running)]
 
     def run(self, requests: Sequence[Request]) -> list[Output]:
         """Answer requests, in their order; nothing else may be waiting or running (else UserError)."""

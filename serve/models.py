@@ -79,6 +79,7 @@ class Models:
 
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
+        self._folders: dict[str, Path] = {}  # that were looked into, by the model's name
         self._seen: dict[tuple[Path, int, float], ModelInfo | None] = {}
         self._loaded: OrderedDict[tuple[Path, int], _Loaded] = OrderedDict()  # used longest ago first
         self._lock, self._loading = threading.Lock(), threading.Lock()
@@ -104,6 +105,8 @@ class Models:
 
     def find(self, name: str = "") -> ModelInfo:
         """A model by its name, or the first; UserError lists the names there are."""
+        if name in self._folders and (model := self._info(name, self._folders[name])):
+            return model  # without a look at all others, which costs more than a short answer's tokens
         models = self.models()
         for model in models:
             if name in ("", model.name):
@@ -137,6 +140,7 @@ class Models:
 
     def _info(self, name: str, folder: Path) -> ModelInfo | None:
         """What a run's newest good checkpoint says; remembered until there is a newer."""
+        self._folders[name] = folder
         step = Checkpoints(folder / "checkpoints").newest()
         if step is None:
             return None

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,23 @@ def test_a_request_yields_the_same_when_it_has_to_wait(engine):
     expected = content(engine.run(requests[:32]))
     late = engine.run(requests[32:] + requests[:32])
     assert content(late[-32:]) == expected
+
+
+def test_banks_are_decoded_at_the_same_time(engine, monkeypatch):
+    both, compiled = threading.Barrier(2), engine._call.compiled
+
+    def meeting(name, *args):
+        program = compiled(name, *args)
+
+        def run(*args):
+            both.wait(timeout=60)
+            return program(*args)
+
+        return run if name == "decode" else program
+
+    alone = engine.run([Request([1], 4, GREEDY)])
+    monkeypatch.setattr(engine._call, "compiled", meeting)
+    assert content(engine.run([Request([1], 4, GREEDY)] * 9)) == content(alone) * 9
 
 
 def test_steps_report_what_run_returns(engine):

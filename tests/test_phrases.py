@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.phrases import Phrases, Reader, Word, read_phrase
+from nanochat_jax.phrases import LOOKALIKES, Phrases, Reader, Word, fold, read_phrase
 
 LISTS = {"weapon": [read_phrase(entry, {}, "") for entry in ("bomb*|gun", "nerve gas", "pipe [home] bomb")]}
 
@@ -106,6 +106,10 @@ PIECES = [
     "a", "b", "b", "o", "m", "k1ll", "bomb", "x" * 45, "12", "1", " ", " ", "  ", "-", ".", ". ", "\n\n", "'", "'s",
     "@", "$", "\u200b", "\u0301", "é", "ﬃ", "⒜", "—", "_", "…", "-" * 70, "中", "İ",
 ]  # fmt: skip
+
+
+def test_ascii_may_be_folded_at_once():
+    assert all(fold(c) == c.lower().translate(LOOKALIKES) for c in map(chr, range(128)))
 
 
 @settings(max_examples=400)
