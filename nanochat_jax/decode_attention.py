@@ -21,9 +21,15 @@ TILE = 16  # rows that a tensor core multiplies at least
 
 
 def supports(q_BKGH: jax.Array, k_BKSH: jax.Array, window: int) -> bool:
-    """Whether the kernel can take these: it wants powers of two, and a cache that keeps nothing out of the window."""
+    """Whether the kernel can take these: powers of two, one dtype, a cache that holds nothing out of the window."""
     (G, H), S = q_BKGH.shape[2:], k_BKSH.shape[2]
-    return BLOCK <= S <= window + 1 and G & (G - 1) == 0 and H & (H - 1) == 0 and H >= TILE
+    return (
+        q_BKGH.dtype == k_BKSH.dtype
+        and BLOCK <= S <= window + 1
+        and G & (G - 1) == 0
+        and H & (H - 1) == 0
+        and H >= TILE
+    )
 
 
 @partial(custom_partitioning, static_argnums=(4,))

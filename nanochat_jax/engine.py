@@ -158,7 +158,8 @@ class Engine:
     def warm_up(self) -> None:
         """Compile all programs now; for an idle engine."""
         whole = max(self.prefill.chunk_lens)
-        for size in (*self.prefill.chunk_lens, whole + 1, whole + 1):
+        later = [whole + size for size in self.prefill.chunk_lens]
+        for size in (*self.prefill.chunk_lens, *later, whole + 1):  # the last begins with a chunk that is known by then
             self.run([Request([0] * min(size, self.context_len - 1), 1)])
         self.prefill.forget()
         self.prefill.prompt_tokens = self.prefill.reused_tokens = 0

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax import model
+from nanochat_jax import model, sharding
 from nanochat_jax.cache import EmptyCache, KVCache, Stretch, init_cache, put, take
 from nanochat_jax.config import Architecture
 from nanochat_jax.errors import UserError
@@ -127,7 +127,7 @@ def begin(
     cfg: Architecture,
     compute: Compute,
 ) -> Rows:
-    """As prefill, of rows that hold nothing yet: attention need not look into their cache."""
+    """As prefill, of rows that hold nothing yet: attention does not look into their cache, whatever is there."""
     empty = rows._replace(cache=EmptyCache(*rows.cache))
     return prefill(params, empty, tokens_BT, counts_B, cfg=cfg, compute=compute)
 
@@ -282,10 +282,11 @@ def generate(
     counts_B = np.array([len(prompt) for prompt in prompts], np.int32)
     stop_V = np.zeros(cfg.vocab_size, bool)
     stop_V[list(stop_tokens)] = True
-    tokens_BT = _generate(
-        params, prompts_BT, counts_B, SamplingArrays.of(rows), stop_V,
-        cfg=cfg, compute=compute or default_compute(), max_new=max_new_tokens,
-    )  # fmt: skip
+    with sharding.where(params):
+        tokens_BT = _generate(
+            params, prompts_BT, counts_B, SamplingArrays.of(rows), stop_V,
+            cfg=cfg, compute=compute or default_compute(), max_new=max_new_tokens,
+        )  # fmt: skip
     return [[token for token in row if token >= 0 and not stop_V[token]] for row in np.asarray(tokens_BT).tolist()]
 
 

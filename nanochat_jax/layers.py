@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -195,6 +195,16 @@ def _rotate_and_norm_backward(
 
 
 rotate_and_norm.defvjp(_rotate_and_norm_forward, _rotate_and_norm_backward)
+
+
+class RowFunctions(NamedTuple):
+    """What is done to whole rows: here in plain JAX, in row_kernels.py by kernels."""
+
+    keep_and_norm: Callable[[jax.Array, int], tuple[jax.Array, ...]]
+    rotate_and_norm: Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
+
+
+PLAIN = RowFunctions(keep_and_norm, rotate_and_norm)
 
 
 def smear(x_BTD: jax.Array, previous_BTD: jax.Array, gate_C1: jax.Array, scale: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax import loss_kernels
-from nanochat_jax.sharding import left_to_compiler
+from nanochat_jax.sharding import auto_axes
 
 
 def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -133,7 +133,7 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _kernels_fit(logits_NV: jax.Array) -> bool:
-    return loss_kernels.fits(logits_NV) and not left_to_compiler()
+    return loss_kernels.fits(logits_NV) and not auto_axes()
 
 
 def _log_sum_exp(logits_NV: jax.Array, *, cap: float | None, vocab_size: int) -> jax.Array:

@@ -6,7 +6,6 @@ other files see no Module. Matrices are (in, out); torch's are (out, in).
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from nanochat_jax import attention, layers, row_kernels, sharding
 from nanochat_jax.cache import KVCache
 from nanochat_jax.config import SMEAR_CHANNELS, VE_GATE_CHANNELS, Architecture, LayerSpec, ModelConfig, from_json
 from nanochat_jax.gpt2 import GPT2, GPT2Config
-from nanochat_jax.layers import LOGIT_CAP, Compute, linear, param, rms_norm
+from nanochat_jax.layers import LOGIT_CAP, Compute, RowFunctions, linear, param, rms_norm
 from nanochat_jax.losses import cross_entropy, softcap
 
 QK_SCALE = 1.2  # of normed queries and keys: sharper attention than unit vectors allow
@@ -49,7 +48,7 @@ class Attention(nn.Module):
     cfg: ModelConfig
     spec: LayerSpec
     compute: Compute
-    rows: ModuleType
+    rows: RowFunctions
 
     @nn.compact
     def __call__(
@@ -102,12 +101,13 @@ class Block(nn.Module):
     cfg: ModelConfig
     spec: LayerSpec
     compute: Compute
-    rows: ModuleType  # where its norms are computed: layers or row_kernels
+    rows: RowFunctions
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens_BT: jax.Array, rotation: Rotation, mix: Mix) -> jax.Array:
         attn = Attention(self.cfg, self.spec, self.compute, self.rows, name="attn")
-        x_BTD, for_q_BTD, for_k_BTD, for_v_BTD = self.rows.keep_and_norm(x_BTD, 3)  # all equal
+        # Thrice the same: a kernel adds up the gradients of results that are told apart, and XLA those of one.
+        x_BTD, for_q_BTD, for_k_BTD, for_v_BTD = self.rows.keep_and_norm(x_BTD, 3)
         x_BTD += attn(for_q_BTD, for_k_BTD, for_v_BTD, tokens_BT, rotation, mix)
         x_BTD, normed_BTD = self.rows.keep_and_norm(x_BTD, 1)
         return x_BTD + MLP(self.cfg, self.compute, name="mlp")(normed_BTD)
@@ -148,8 +148,8 @@ class Transformer(nn.Module):
             positions_BT = positions_BT + cache.lengths_B[:, None]
         rotation = layers.rotary(positions_BT, cfg.head_dim, dtype)
 
-        by_kernels = cache is None and self.compute.attention == "cudnn" and not sharding.left_to_compiler()
-        rows = row_kernels if by_kernels and row_kernels.fits(x_BTD, cfg.head_dim) else layers
+        by_kernels = cache is None and self.compute.attention == "cudnn" and not sharding.auto_axes()
+        rows = row_kernels.KERNELS if by_kernels and row_kernels.fits(x_BTD, cfg.head_dim) else layers.PLAIN
         x0_BTD, new_keys, new_values = x_BTD, [], []
         for i, spec in enumerate(cfg.layer_specs()):
 

@@ -9,12 +9,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
-from nanochat_jax import generate, model
+from nanochat_jax import generate, model, sharding
 from nanochat_jax.cache import Stretch
 from nanochat_jax.generate import Rows
 
@@ -38,8 +38,13 @@ class Programs:
         """The program of a function for such arguments."""
         key = (name, *(arg.shape for arg in args if isinstance(arg, np.ndarray)))
         if key not in self._compiled:
-            self._compiled[key] = self._functions[name].lower(*args).compile()
+            self._compiled[key] = self.lower(name, *args).compile()
         return self._compiled[key]
+
+    def lower(self, name: str, *args: Any, **how: Any) -> jax.stages.Lowered:
+        """A function for such arguments, and the mesh that they lie on; how: options of lowering."""
+        with sharding.where(args):
+            return cast(jax.stages.Lowered, self._functions[name].trace(*args).lower(**how))
 
     def __call__(self, name: str, *args: Any) -> Any:
         return self.compiled(name, *args)(*args)

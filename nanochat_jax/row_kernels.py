@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from nanochat_jax.layers import RMS_EPSILON
+from nanochat_jax.layers import RMS_EPSILON, RowFunctions
 
 ROWS = 4  # of the residual stream, in one program
 POSITIONS = 16  # of all heads, in one program
@@ -191,3 +191,6 @@ def _turn_gradient(
         mean = (jnp.sum(ys[0] * grads[0] + ys[1] * grads[1], axis=1) / y_ref.shape[3])[:, None]
         first, second = (factor * (grad - y * mean) for grad, y in zip(grads, ys, strict=True))
         _put_halves(found_ref, n, first * cos - second * sin, second * cos + first * sin)
+
+
+KERNELS = RowFunctions(keep_and_norm, rotate_and_norm)

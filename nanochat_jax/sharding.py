@@ -7,9 +7,9 @@ cuts the batch and everything else; `tensor` cuts heads, MLP channels and vocabu
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,13 @@ def arrange(devices: Sequence[jax.Device], shape: tuple[int, int, int]) -> np.nd
 def on(mesh: Mesh) -> AbstractContextManager[Any]:
     """A context whose computations lie on this mesh: for kernels, which the compiler cannot cut over devices itself."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def where(arrays: Any) -> AbstractContextManager[Any]:
+    """The context of `on` for the mesh that a tree of arrays lies on; none for what lies on no mesh."""
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arrays))
+    meshes = (cast(Mesh, place.mesh) for place in places if isinstance(place, NamedSharding))
+    return next(map(on, meshes), nullcontext())
 
 
 def batch_devices(mesh: Mesh) -> int:
@@ -235,8 +242,11 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulate: int | None =
     return {name: put(rows) for name, rows in batch.items()}
 
 
-def left_to_compiler() -> dict[str, int]:
-    """Sizes of those axes of the context's mesh that no surrounding shard_map has cut; none if all are 1."""
+def auto_axes() -> dict[str, int]:
+    """Sizes of the axes along which the compiler cuts arrays, as no surrounding shard_map has; none if all are 1.
+
+    Of the mesh of the context alone (see `on` and `where`): outside of one it sees no axis.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     free = {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
@@ -248,17 +258,17 @@ def over_rows_and_heads(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    of_rows_BT: jax.Array | None,
+    of_rows: jax.Array | None,
 ) -> jax.Array:
     """Attention by a kernel, which the compiler cannot cut over devices by itself, on each device's rows and heads.
 
     Over the mesh of the context (see `on`): rows over its batch axes and heads over `tensor`, as far as they divide.
-    What else it needs for each row, such as segment ids, goes with the rows. Axes that a surrounding shard_map has cut
-    already are left alone.
+    What else it needs for each row, such as segment ids or a mask, is cut with the rows. Axes that a surrounding
+    shard_map has cut already are left alone.
     """
-    free = left_to_compiler()
+    free = auto_axes()
     if not free:
-        return attend(q_BTNH, k_BTKH, v_BTKH, of_rows_BT)
+        return attend(q_BTNH, k_BTKH, v_BTKH, of_rows)
     rows: tuple[str, ...] = ()
     parts = 1
     for name in BATCH_AXES:
@@ -273,7 +283,7 @@ def over_rows_and_heads(
         axis_names=set(free),
         check_vma=False,  # kernels do not say over which axes their results vary
     )
-    return cut(q_BTNH, k_BTKH, v_BTKH, of_rows_BT)
+    return cut(q_BTNH, k_BTKH, v_BTKH, of_rows)
 
 
 MatrixFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]

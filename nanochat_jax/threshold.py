@@ -12,6 +12,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton
 from jax.sharding import NamedSharding, PartitionSpec
 
+NO_LIMIT = 2**30  # tokens
 WIDEST = 2**16  # tokens of a vocabulary whose probabilities a program of the kernel can hold
 
 type Vector = jax.Array | np.ndarray
@@ -31,7 +32,7 @@ def least_probability(probs_BV: jax.Array, top_k_B: Vector, top_p_B: Vector, *, 
     Returns:
         (B,) float32.
     """
-    most_B = jnp.where(top_k_B > 0, top_k_B, probs_BV.shape[1] + 1)
+    most_B = jnp.where(top_k_B > 0, top_k_B, NO_LIMIT)
     mass_B = jnp.where(top_p_B < 1, top_p_B, jnp.inf)  # a sum of everything may round to 1
     if by_kernel and probs_BV.shape[1] <= WIDEST:
         return least_by_kernel(probs_BV, most_B, mass_B)

@@ -30,10 +30,20 @@ def example(S, window):
     return (q_BKGH, k_BKSH, v_BKSH, lengths_B), expected.reshape(B, K, G, H)
 
 
-@pytest.mark.parametrize(("S", "window"), [(65, 64), (300, 1000), (513, 512), (700, 699)])
+@pytest.mark.parametrize(("S", "window"), [(65, 64), (300, 1000), (513, 512), (576, 575), (700, 699)])
 def test_kernel_sees_what_the_mask_allows(S, window):
     operands, expected = example(S, window)
     np.testing.assert_allclose(decode_attention(*operands, True), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("groups", [16, 32])
+def test_many_queries_of_a_head_and_empty_rows(groups):
+    (_, k_BKSH, v_BKSH, lengths_B), _ = example(300, 1000)
+    q_BKGH = jax.random.normal(jax.random.key(1), (B, K, groups, H))
+    mask_B1S = (jnp.arange(300)[None] < lengths_B[:, None])[:, None]
+    expected = masked_attention(q_BKGH.reshape(B, 1, -1, H), k_BKSH, v_BKSH, mask_B1S).reshape(q_BKGH.shape)
+    np.testing.assert_allclose(decode_attention(q_BKGH, k_BKSH, v_BKSH, lengths_B, True), expected, atol=2e-6)
+    assert np.isfinite(decode_attention(q_BKGH, k_BKSH, v_BKSH, 0 * lengths_B, True)).all()
 
 
 def test_rows_and_heads_stay_on_their_devices():

@@ -12,7 +12,7 @@ from nanochat_jax.char import CharTokenizer
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.engine import Engine, EngineConfig, Output, Request
 from nanochat_jax.errors import UserError
-from nanochat_jax.generate import generate, in_dtype
+from nanochat_jax.generate import empty_rows, generate, in_dtype
 from nanochat_jax.gpt2 import GPT2Config
 from nanochat_jax.layers import Compute
 from nanochat_jax.sampling import Sampling
@@ -291,7 +291,7 @@ def test_an_engine_goes_on_after_a_reset_and_is_warm_when_told(params):
     engine = Engine(params, CFG, EngineConfig(slots=2, prefill_chunk=100, reuse_tokens=500), compute=COMPUTE)
     engine.warm_up()
     compiled, [expected] = engine.compilations, engine.run([Request([1, 2], 20)])
-    assert compiled == 8 and engine.prefill.reused_tokens == 0
+    assert compiled == 9 and engine.prefill.reused_tokens == 0
     for _ in range(3):
         engine.submit(Request([3] * 150, 50))
     engine.step()
@@ -299,8 +299,9 @@ def test_an_engine_goes_on_after_a_reset_and_is_warm_when_told(params):
     engine.reset()
     assert engine.load == (0, 0) and engine.step() == []
     assert content(engine.run([Request([1, 2], 20)])) == content([expected])
-    engine.run([Request([3] * 150, 50)])
-    assert engine.prefill.reused_tokens == 0 and engine.compilations == compiled
+    for length in range(1, engine.context_len, 31):
+        engine.run([Request([3] * length, 1)])
+    assert engine.compilations == compiled
 
 
 @pytest.mark.parametrize(
@@ -465,3 +466,16 @@ def test_an_answer_beyond_the_limit_is_cut():
 def test_tools_need_a_tokenizer():
     with pytest.raises(UserError, match="tokenizer"):
         Engine(scripted_params({}), CHAT_CFG, tools=lambda text: text, compute=COMPUTE)
+
+
+def test_prompts_compile_for_several_tpus():
+    """Their attention is a kernel, which the compiler cannot cut: the engine has to say where its parameters lie."""
+    cfg, compute = dataclasses.replace(CFG, sequence_len=512), Compute("bfloat16", "splash")
+    at = sharding.replicated(sharding.make_mesh())
+    params = jax.device_put(random_params(cfg), at)
+    engine = Engine(params, cfg, EngineConfig(slots=8, prefill_rows=8), compute=compute)
+    rows = jax.eval_shape(lambda: empty_rows(8, cfg, compute, 512))
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), rows)
+    tokens_BT, counts_B = np.zeros((8, 128), np.int32), np.zeros(8, np.int32)
+    for name in ("begin", "prefill"):
+        engine._call.lower(name, engine._params, rows, tokens_BT, counts_B, lowering_platforms=("tpu",))

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import model
+from nanochat_jax import generate as generation
+from nanochat_jax import model, sharding
 from nanochat_jax.config import ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.generate import decode, empty_rows, empty_slots, generate, prefill, restore, snapshot
@@ -132,3 +133,18 @@ def test_restored_rows_are_those_that_were_prefilled(params, size):
         if there.dtype == bool or there.shape != fed.logits_BV.shape:
             np.testing.assert_array_equal(here[0], there[1])
         np.testing.assert_array_equal(here[1], untouched[1])
+
+
+def test_it_is_traced_for_the_mesh_that_parameters_lie_on(params, monkeypatch):
+    seen, traced = [], generation._generate
+
+    def spy(*args, **how):
+        seen.append(jax.sharding.get_abstract_mesh().shape)
+        return traced(*args, **how)
+
+    monkeypatch.setattr(generation, "_generate", spy)
+    mesh = sharding.make_mesh()
+    placed = jax.device_put(params, sharding.replicated(mesh))
+    options = {"max_new_tokens": 4, "sampling": Sampling(temperature=0), "compute": COMPUTE}
+    assert generate(placed, CFG, [[1, 2]], **options) == generate(params, CFG, [[1, 2]], **options)
+    assert [dict(shape) for shape in seen] == [dict(mesh.shape), {}]

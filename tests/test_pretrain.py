@@ -18,6 +18,7 @@ from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import OptimConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import locked
+from nanochat_jax.layers import Compute
 from nanochat_jax.load import load_model
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.sampling import Sampling
@@ -183,6 +184,14 @@ def test_a_checkpoint_of_another_recipe_is_refused(tiny_data, whole):
 def test_batches_that_do_not_divide_are_refused(tiny_data, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         pretrain.main(config(tiny_data, tmp_path, **changes))
+
+
+def test_an_old_gpu_takes_no_bfloat16(monkeypatch):
+    t4 = SimpleNamespace(platform="gpu", compute_capability="7.5")
+    monkeypatch.setattr(jax, "devices", lambda: [t4])
+    assert ComputeConfig().resolve() == Compute("float32", "xla")
+    with pytest.raises(UserError, match="use float32"):
+        ComputeConfig("bfloat16").resolve()
 
 
 def test_prompts_that_the_tokenizer_cannot_write_do_not_end_a_run(tiny_data, tmp_path, caplog):

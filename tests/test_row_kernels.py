@@ -1,12 +1,16 @@
 """The kernels for norms, run without a GPU, against what layers.py computes, gradients included."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from nanochat_jax import layers, row_kernels
+from nanochat_jax import attention, layers, model, row_kernels
+from nanochat_jax.config import ModelConfig
+from nanochat_jax.layers import Compute
 
 
 def close(found, wanted, tolerance):
@@ -64,3 +68,33 @@ def test_kernels_are_some_that_triton_takes(gpu, width):
     with use_abstract_mesh(AbstractMesh((1,), ("one",), abstract_device=AbstractDevice(gpu, 108, "gpu"))):
         lowered = jax.jit(jax.grad(loss)).trace(x_BTD).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == 4
+
+
+def test_a_whole_model_is_the_same_by_kernels(monkeypatch):
+    """With segments, grouped heads and targets that do not count: the error against float32 stays that of bfloat16."""
+    cfg = ModelConfig(sequence_len=32, vocab_size=500, n_layer=3, n_head=4, n_kv_head=2, n_embd=256)
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = model.init_params(keys[0], cfg, Compute("bfloat16"))
+    params = jax.tree.map(lambda x: (x + 0.05 * jax.random.normal(keys[1], x.shape)).astype(x.dtype), params)
+    tokens_BT = jax.random.randint(keys[2], (2, 32), 0, 500)
+    targets_BT, ids_BT = jnp.where(tokens_BT % 7 == 0, -1, tokens_BT), jnp.cumsum(tokens_BT % 13 == 0, axis=1)
+
+    def gradients(dtype, rows):
+        attend = partial(attention.attend, backend="xla")
+        monkeypatch.setattr(model.attention, "attend", lambda *qkv, backend, **how: attend(*qkv, **how))
+        monkeypatch.setattr(row_kernels, "KERNELS", rows)
+
+        def nats(params):
+            how = {"segment_ids_BT": ids_BT.astype(jnp.int32), "compute": Compute(dtype, "cudnn")}
+            return model.token_nats(params, cfg, tokens_BT, targets_BT, **how).sum()
+
+        found = jax.jit(jax.value_and_grad(nats))(params)
+        monkeypatch.undo()
+        return jnp.concatenate([leaf.astype(jnp.float32).ravel() for leaf in jax.tree.leaves(found)])
+
+    interpreted = layers.RowFunctions(
+        partial(row_kernels.keep_and_norm, interpret=True), partial(row_kernels.rotate_and_norm, interpret=True)
+    )
+    exact = gradients("float32", layers.PLAIN)
+    by_kernels, plain = (jnp.linalg.norm(gradients("bfloat16", rows) - exact) for rows in (interpreted, layers.PLAIN))
+    assert by_kernels < 1.2 * plain

@@ -41,7 +41,8 @@ class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and of the token and value embeddings."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention kernel: cudnn needs an NVIDIA GPU of Ampere's generation or newer, splash a TPU."""
+    """Attention kernel: cudnn needs an NVIDIA GPU of Ampere's generation or newer, splash a TPU. With cudnn go the
+    kernels for norms, RoPE and sampling."""
 
     deterministic: bool = False
     """Bitwise the same result each time on a GPU too, at the cost of speed; a CPU always is."""
@@ -53,6 +54,9 @@ class ComputeConfig:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
         chosen = default_compute()
         dtype = chosen.dtype if self.dtype == "auto" else self.dtype
+        capability = float(getattr(jax.devices()[0], "compute_capability", "inf"))
+        if dtype == "bfloat16" and capability < 8.0:
+            raise UserError("compute: dtype=bfloat16 wants an NVIDIA GPU of Ampere's generation or newer; use float32")
         # cuDNN's attention takes no float32, and its backward pass adds up in any order.
         without_cudnn = dtype == "float32" or self.deterministic
         if self.attention == "cudnn" and without_cudnn:
