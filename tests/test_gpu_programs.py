@@ -64,7 +64,7 @@ def abstract(tree, mesh, spec):
 @pytest.mark.parametrize(("shape", "fp8"), product([(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)], [False, True]))
 @pytest.mark.parametrize("segments", [False, True])
 def test_the_training_step(h200s, compiled, monkeypatch, shape, fp8, segments):
-    monkeypatch.setattr("train.stage.ComputeConfig.resolve", lambda _: COMPUTE)
+    monkeypatch.setattr("train.stage.ComputeConfig.resolve", lambda *_: COMPUTE)
     config = Train(model=ModelArgs(depth=4, fp8=fp8), batch=2, sequence_len=1024, mesh=MeshConfig(*shape))
     work = lay_out(config, h200s[: shape[0] * shape[1] * shape[2]])
     rows = jax.ShapeDtypeStruct((1, work.rows, 1024), jnp.int32)

@@ -194,6 +194,14 @@ def test_an_old_gpu_takes_no_bfloat16(monkeypatch):
         ComputeConfig("bfloat16").resolve()
 
 
+def test_flags_for_xla_are_set_once(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    for _ in range(2):
+        ComputeConfig(deterministic=True).resolve(*pretrain.ModelArgs(fp8=True).xla_flags)
+    flags = "--xla_dump_to=x --xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
+    assert os.environ["XLA_FLAGS"] == flags
+
+
 def test_prompts_that_the_tokenizer_cannot_write_do_not_end_a_run(tiny_data, tmp_path, caplog):
     pretrain.main(config(tiny_data, tmp_path, steps=2, prompts=("ab" * 40, "ab")))
     assert Checkpoints(tmp_path / "checkpoints").newest() == 2

@@ -103,7 +103,7 @@ class Work(NamedTuple):
 
 def lay_out(config: Train, devices: Sequence[jax.Device]) -> Work:
     """What a config asks for, on these devices."""
-    compute = config.model.training_compute(config.device.compute.resolve())
+    compute = config.model.training_compute(config.device.compute.resolve(*config.model.xla_flags))
     cfg = config.model.architecture(config.vocab_size, config.sequence_len)
     mesh = sharding.make_mesh(config.mesh, devices)
     rows = config.batch * config.accumulate * sharding.batch_devices(mesh)

@@ -47,11 +47,11 @@ class ComputeConfig:
     deterministic: bool = False
     """Bitwise the same result each time on a GPU too, at the cost of speed; a CPU always is."""
 
-    def resolve(self) -> Compute:
+    def resolve(self, *xla_flags: str) -> Compute:
         """What to compute with; must come before the first use of a device, which reads the flags set here."""
-        flag = "--xla_gpu_deterministic_ops=true"
-        if self.deterministic and flag not in os.environ.get("XLA_FLAGS", ""):
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+        for flag in (*(("--xla_gpu_deterministic_ops=true",) if self.deterministic else ()), *xla_flags):
+            if flag not in os.environ.get("XLA_FLAGS", ""):
+                os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
         chosen = default_compute()
         dtype = chosen.dtype if self.dtype == "auto" else self.dtype
         capability = float(getattr(jax.devices()[0], "compute_capability", "inf"))
