@@ -195,6 +195,7 @@ def test_an_old_gpu_takes_no_bfloat16(monkeypatch):
 
 
 def test_flags_for_xla_are_set_once(monkeypatch):
+    jax.devices()  # which read the real flags before
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     for _ in range(2):
         ComputeConfig(deterministic=True).resolve(*pretrain.ModelArgs(fp8=True).xla_flags)
