@@ -196,10 +196,10 @@ def test_an_old_gpu_takes_no_bfloat16(monkeypatch):
 
 def test_flags_for_xla_are_set_once(monkeypatch):
     jax.devices()  # which read the real flags before
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     for _ in range(2):
         ComputeConfig(deterministic=True).resolve(*pretrain.ModelArgs(fp8=True).xla_flags)
-    flags = "--xla_dump_to=x --xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
+    flags = "--xla_cpu_enable_fast_math=false --xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
     assert os.environ["XLA_FLAGS"] == flags
 
 
