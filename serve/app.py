@@ -110,6 +110,7 @@ def _chat(
 ) -> None:
     """The conversation, its settings, and what happens to it."""
     chat, found, ratings = gr.JSON(visible=False), gr.JSON(visible=False), gr.State([])
+    typed = gr.Textbox(visible=False)  # Gradio keeps a copy of the box for each event that reads and then changes it
     chatbot = gr.Chatbot(
         elem_id="chat",
         show_label=False,
@@ -129,6 +130,7 @@ def _chat(
         lines=1,
         max_lines=8,
         autofocus=True,
+        interactive=True,  # though no event has it as an input
         submit_btn=True,
         elem_id="box",
         html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
@@ -139,13 +141,13 @@ def _chat(
     asked, answered = [chat, chatbot, box], [chat, chatbot, stats, box]
     listing: dict[str, Any] = {"fn": handlers.listing, "inputs": [found], "outputs": history, "js": view.LIST}
     running = []
-    for trigger, begin, inputs in (
-        (box.submit, handlers.say, [box, chat]),
-        (chatbot.example_select, handlers.example, [chat]),
-        (chatbot.retry, handlers.retry, [chat]),
-        (chatbot.edit, handlers.edit, [chat]),
+    for trigger, begin, inputs, js in (
+        (box.submit, handlers.say, [typed, chat], view.TYPED),
+        (chatbot.example_select, handlers.example, [chat], None),
+        (chatbot.retry, handlers.retry, [chat], None),
+        (chatbot.edit, handlers.edit, [chat], None),
     ):
-        begun = trigger(begin, inputs, asked, **QUIET)
+        begun = trigger(begin, inputs, asked, js=js, **QUIET)
         running.append(begun.success(handlers.respond, [chat, *settings], answered, **QUIET))
         ended = running[-1].then(handlers.idle, None, box, queue=False, **QUIET)
         ended.then(None, js=view.FOCUS).then(**listing, queue=False, **QUIET)

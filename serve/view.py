@@ -61,6 +61,7 @@ OPEN = """(id) => {
   sessionStorage.setItem("nanochat", id);
   try { return [null, { id, messages: JSON.parse(stored).messages }]; } catch { return [null, null]; }
 }"""
+TYPED = '(_, chat) => [document.querySelector("#box textarea").value, chat]'
 LEAVE = '() => { sessionStorage.removeItem("nanochat"); return []; }'
 FORGET = """(chat) => {
   localStorage.removeItem("nanochat:" + chat?.id);
