@@ -254,31 +254,30 @@ assert alone[0] == texts[list(ways).index("temperature 1")]
 # ## The logit lens
 #
 # What would the model say if it stopped early? Every block reads and writes the same stream, so the last product can be
-# applied after any of them. A spy in the place of the norms sees the stream go by;
+# applied after any of them. A spy in the place of the blocks' norms sees the stream go by;
 # `Compute()` is float32 on plain XLA, as suits a look.
 
 # %%
 from unittest import mock
 
-from nanochat_jax.layers import Compute
+from nanochat_jax import layers
 
 seen = []
 
 
-def spy(x_BTD):
+def spy(x_BTD, uses):
     seen.append(x_BTD)
-    return rms_norm(x_BTD)
+    return layers.keep_and_norm(x_BTD, uses)
 
 
-rms_norm = model.rms_norm
 words = [tok.bos, *tok.encode("My fellow citizens, the Congress of the United States has the power")]
-with mock.patch.object(model, "rms_norm", spy):
-    model.trunk(params, cfg, jnp.array([words], jnp.int32), compute=Compute())
-# The first norm is the embedding's, then every block has two, and the last is the end's.
-stages = {f"into layer {i}": seen[1 + 2 * i] for i in range(cfg.n_layer)} | {"at the end": seen[-1]}
+with mock.patch.object(layers, "PLAIN", layers.PLAIN._replace(keep_and_norm=spy)):
+    end_BTD, _ = model.trunk(params, cfg, jnp.array([words], jnp.int32), compute=layers.Compute())
+# Every block has two norms, for attention and MLP; what comes out of the trunk is normed.
+stages = {f"into layer {i}": layers.rms_norm(seen[2 * i]) for i in range(cfg.n_layer)} | {"at the end": end_BTD}
 
 figure, axis = plt.subplots(figsize=(12, 1.2 + 0.5 * len(stages)))
-probs = [jax.nn.softmax(model.unembed(params, cfg, rms_norm(x_BTD))[0]) for x_BTD in stages.values()]
+probs = [jax.nn.softmax(model.unembed(params, cfg, x_BTD)[0]) for x_BTD in stages.values()]
 axis.imshow([probs_TV.max(axis=-1) for probs_TV in probs], cmap="Greens", vmin=0, vmax=0.8, aspect="auto")
 for row, probs_TV in enumerate(probs):
     for column, token in enumerate(np.asarray(probs_TV.argmax(axis=-1))):
@@ -298,11 +297,11 @@ from nanochat_jax.data.pretrain import open_split
 
 row = open_split(RUNS / "data", "val").row(0)
 seen.clear()
-with mock.patch.object(model, "rms_norm", spy):
-    model.trunk(params, cfg, row["tokens"][None], compute=Compute())
+with mock.patch.object(layers, "PLAIN", layers.PLAIN._replace(keep_and_norm=spy)):
+    end_BTD, _ = model.trunk(params, cfg, row["tokens"][None], compute=layers.Compute())
 losses = []
-for x_BTD in (*seen[1 : 1 + 2 * cfg.n_layer : 2], seen[-1]):
-    logprobs_TV = jax.nn.log_softmax(model.unembed(params, cfg, rms_norm(x_BTD))[0])
+for x_BTD in (*map(layers.rms_norm, seen[::2]), end_BTD):
+    logprobs_TV = jax.nn.log_softmax(model.unembed(params, cfg, x_BTD)[0])
     losses.append(-float(jnp.take_along_axis(logprobs_TV, row["targets"][:, None], axis=1).mean()))
 figure, axis = plt.subplots(figsize=(7, 2.8))
 axis.plot(list(stages), losses, "o-")

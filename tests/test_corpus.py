@@ -181,7 +181,7 @@ def test_training_begins_on_what_is_ready(sets, tmp_path, monkeypatch):
     config = make_config(sets, "large", out=tmp_path / "set")
     thread = threading.Thread(target=prepare, args=(config,), daemon=True)
     thread.start()
-    while not (tmp_path / "set" / ".work" / "recipe.json").exists():
+    while not (tmp_path / "set" / "tokenizer.model").exists():
         time.sleep(0.02)
     units = load_manifest(sets / "large").units
     with pytest.raises(UserError, match="--window-units"):
