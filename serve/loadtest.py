@@ -123,7 +123,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 async def measure(config: Config) -> dict[str, Any]:
     """The numbers for each number of users, and the server's memory before and after."""
-    # The page's server closes a connection that was idle for 5 s; one that it closes as a request leaves would be an error.
+    # The page's server closes connections that were idle for 5 s: an error, if it does so just as a request leaves.
     limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
     headers = {"Authorization": f"Bearer {config.api_key}"}
     async with httpx.AsyncClient(base_url=config.url, headers=headers, limits=limits, timeout=600) as client:
