@@ -1,6 +1,8 @@
 """Losses as pure functions of hidden states, the head and targets."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -101,12 +103,7 @@ def _cross_entropy_forward(
     cap: float | None, vocab_size: int, x_ND: jax.Array, head_DV: jax.Array, targets_N: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     logits_NV = x_ND @ head_DV
-    plain = partial(_log_sum_exp, cap=cap, vocab_size=vocab_size)
-    if cap is not None and _kernels_fit(logits_NV):
-        kernel = partial(loss_kernels.log_sum_exp, cap=cap, vocab_size=vocab_size)
-        lse_N = jax.lax.platform_dependent(logits_NV, cuda=kernel, default=plain)
-    else:
-        lse_N = plain(logits_NV)
+    lse_N = _pass(_log_sum_exp, loss_kernels.log_sum_exp, cap, vocab_size, logits_NV)
     target_N = jnp.take_along_axis(logits_NV, jnp.maximum(targets_N, 0)[:, None], axis=-1)[:, 0]
     loss_N = jnp.where(targets_N >= 0, lse_N - softcap(target_N.astype(jnp.float32), cap), 0.0)
     return loss_N, (x_ND, head_DV, targets_N, logits_NV, lse_N)
@@ -120,20 +117,27 @@ def _cross_entropy_backward(
     x_ND, head_DV, targets_N, logits_NV, lse_N = residuals
     logits_NV = jax.lax.optimization_barrier(logits_NV)  # or XLA keeps the forward pass's float32 logits for this
     operands = logits_NV, lse_N, targets_N, jnp.where(targets_N >= 0, grad_N, 0.0)
-    plain = partial(_gradient, cap=cap, vocab_size=vocab_size)
-    if cap is not None and _kernels_fit(logits_NV):
-        kernel = partial(loss_kernels.gradient, cap=cap, vocab_size=vocab_size)
-        grad_logits_NV = jax.lax.platform_dependent(*operands, cuda=kernel, default=plain)
-    else:
-        grad_logits_NV = plain(*operands)
+    grad_logits_NV = _pass(_gradient, loss_kernels.gradient, cap, vocab_size, *operands)
     return grad_logits_NV @ head_DV.T, x_ND.T @ grad_logits_NV, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _kernels_fit(logits_NV: jax.Array) -> bool:
-    return loss_kernels.fits(logits_NV) and not auto_axes()
+def _pass(
+    plain: Callable[..., jax.Array],
+    kernel: Callable[..., jax.Array],
+    cap: float | None,
+    vocab_size: int,
+    logits_NV: jax.Array,
+    *others: jax.Array,
+) -> jax.Array:
+    """A pass over the logits, by the kernel where it can be."""
+    how = {"cap": cap, "vocab_size": vocab_size}
+    if cap is None or not loss_kernels.fits(logits_NV) or auto_axes():
+        return plain(logits_NV, *others, **how)
+    by_platform = {"cuda": partial(kernel, **how), "default": partial(plain, **how)}
+    return cast(jax.Array, jax.lax.platform_dependent(logits_NV, *others, **by_platform))
 
 
 def _log_sum_exp(logits_NV: jax.Array, *, cap: float | None, vocab_size: int) -> jax.Array:

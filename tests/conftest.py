@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import hypothesis
 import jax
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 # How long an example takes says nothing on a busy machine.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -19,6 +20,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same small programs are compiled by many tests and by the processes that tests start.
 jax.config.update("jax_compilation_cache_dir", os.environ.get("NANOCHAT_TEST_CACHE", "/tmp/nanochat_jax_test_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def lowered_for():
+    """The text of a function's program for an NVIDIA GPU that need not be there, given its name and abstract arrays."""
+
+    def lowered_for(gpu: str, function, *arrays) -> str:
+        device = AbstractDevice(gpu, 108, "gpu")
+        with use_abstract_mesh(AbstractMesh((1,), ("one",), abstract_device=device)):
+            return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+    return lowered_for
 
 
 @pytest.fixture(scope="session")

@@ -54,8 +54,7 @@ class ComputeConfig:
                 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
         chosen = default_compute()
         dtype = chosen.dtype if self.dtype == "auto" else self.dtype
-        capability = float(getattr(jax.devices()[0], "compute_capability", "inf"))
-        if dtype == "bfloat16" and capability < 8.0:
+        if jax.devices()[0].platform == "gpu" and dtype == "bfloat16" and chosen.dtype != dtype:
             raise UserError("compute: dtype=bfloat16 wants an NVIDIA GPU of Ampere's generation or newer; use float32")
         # cuDNN's attention takes no float32, and its backward pass adds up in any order.
         without_cudnn = dtype == "float32" or self.deterministic
