@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from nanochat_jax import model
 from nanochat_jax.config import ModelConfig
-from nanochat_jax.fp8 import fp8_linear, quantize
+from nanochat_jax.fp8 import TILE, both_ways, both_ways_by_tiles, fp8_linear, quantize
 from nanochat_jax.layers import Compute
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -16,20 +17,40 @@ E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("largest", [1e-20, 3e-5, 1.0, 447.9, 448.1, 7e4, 1e20])
 def test_the_largest_element_just_fits(dtype, largest):
-    x = jnp.array([largest, -largest / 3, 0.0], jnp.float32)
-    x_q, back = quantize(x, dtype)
+    x = jnp.array([[largest, -largest / 3, 0.0]], jnp.float32)
+    x_q, _, back = quantize(x, dtype)
     limit = float(jnp.finfo(dtype).max)
-    assert limit / 2 <= float(x_q[0].astype(jnp.float32)) <= limit
+    assert limit / 2 <= float(x_q[0, 0].astype(jnp.float32)) <= limit
     assert np.log2(float(back)) == round(np.log2(float(back)))  # exact in every float format
     relative_rounding = {E4M3: 2**-4, E5M2: 2**-3}[dtype]
     np.testing.assert_allclose(x_q.astype(jnp.float32) * back, x, rtol=relative_rounding)
 
 
 def test_zeros_stay_zeros_and_what_is_not_finite_shows():
-    x_q, back = quantize(jnp.zeros(4), E4M3)
+    x_q, _, back = quantize(jnp.zeros((1, 4)), E4M3)
     assert np.isfinite(float(back)) and not x_q.astype(jnp.float32).any()
-    x_q, back = quantize(jnp.array([1.0, jnp.inf]), E4M3)
+    x_q, _, back = quantize(jnp.array([[1.0, jnp.inf]]), E4M3)
     assert not np.isfinite(x_q.astype(jnp.float32) * back).all()
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_tiles_are_written_both_ways(dtype):
+    x_IO, scale = jax.random.normal(jax.random.key(0), (2 * TILE, 3 * TILE), jnp.bfloat16), jnp.float32(64)
+    for by_tiles, plain in zip(
+        both_ways_by_tiles(x_IO, scale, dtype=dtype, interpret=True), both_ways(x_IO, scale, dtype=dtype), strict=True
+    ):
+        np.testing.assert_array_equal(by_tiles.astype(jnp.float32), plain.astype(jnp.float32))
+
+
+def test_the_kernel_is_one_that_triton_takes():
+    x_NI, kernel_IO = (
+        jax.ShapeDtypeStruct((2 * TILE, TILE), jnp.bfloat16),
+        jax.ShapeDtypeStruct((TILE, TILE), jnp.float32),
+    )
+    loss = jax.grad(lambda x, kernel: jnp.sum(fp8_linear(x, kernel).astype(jnp.float32)), (0, 1))
+    with use_abstract_mesh(AbstractMesh((1,), ("one",), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))):
+        lowered = jax.jit(loss).trace(x_NI, kernel_IO).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 3
 
 
 def relative(a, b):
