@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from nanochat_jax.sharding import left_to_compiler
+from nanochat_jax.sharding import auto_axes
 
 TILE = 128  # rows and columns that a program of the kernel quantizes
 
@@ -28,7 +28,7 @@ def quantize(x_IO: jax.Array, dtype: jnp.dtype) -> Quantized:
     exponent_bits = jax.lax.bitcast_convert_type(room, jnp.int32) & 0x7F800000
     scale = jax.lax.bitcast_convert_type(exponent_bits, jnp.float32)
     plain = partial(both_ways, dtype=dtype)
-    if x_IO.shape[0] % TILE or x_IO.shape[1] % TILE or left_to_compiler():
+    if x_IO.shape[0] % TILE or x_IO.shape[1] % TILE or auto_axes():
         return Quantized(*plain(x_IO, scale), 1 / scale)
     kernel = partial(both_ways_by_tiles, dtype=dtype)
     rows_IO, columns_OI = jax.lax.platform_dependent(x_IO, scale, cuda=kernel, default=plain)
