@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import attention, decode_attention, gram, layers, loss_kernels, losses, row_kernels, threshold
+from nanochat_jax import attention, decode_attention, fp8, gram, layers, loss_kernels, losses, row_kernels, threshold
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.metrics import read_metrics
 
@@ -179,6 +180,37 @@ def test_cross_entropy_by_kernels_equals_the_plain_one(vocab_size, monkeypatch):
     monkeypatch.setattr(loss_kernels, "fits", lambda logits_NV: False)
     for found, wanted in zip(by_kernels, run(), strict=True):
         assert relative_error(found, wanted) < 3e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_8_bit_tiles_are_written_both_ways(dtype):
+    x_IO, scale = 5 * jax.random.normal(jax.random.key(0), (1024, 384), jnp.bfloat16), jnp.float32(16)
+    found = jax.jit(partial(fp8.both_ways_by_tiles, dtype=dtype))(x_IO, scale)
+    for by_tiles, plain in zip(found, fp8.both_ways(x_IO, scale, dtype=dtype), strict=True):
+        np.testing.assert_array_equal(np.asarray(by_tiles, np.float32), np.asarray(plain, np.float32))
+
+
+def test_8_bit_products_equal_wide_ones_of_the_same_operands(monkeypatch):
+    """Two of the same input, which XLA may join, of which the second also adds to it."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x_BTI, *weights = (jax.random.normal(key, (4, 4096, 384), jnp.bfloat16) for key in keys[:3])
+    kernels = [size * jax.random.normal(keys[3], (384, 384)) for size in (0.05, 0.7)]
+
+    def weighted(x_BTI, kernels, weights):
+        results = fp8.fp8_linear(x_BTI, kernels[0]), x_BTI + fp8.fp8_linear(x_BTI, kernels[1])
+        return sum(jnp.sum((y * w).astype(jnp.float32)) for y, w in zip(results, weights, strict=True))
+
+    def gradients():
+        return jax.jit(jax.grad(weighted, (0, 1)))(x_BTI, kernels, weights)
+
+    def wide(a_MK, b_NK, back, dtype, precision=None):
+        a_MK, b_NK = a_MK.astype(jnp.float32), b_NK.astype(jnp.float32)
+        return (jnp.matmul(a_MK, b_NK.T, precision="highest") * back).astype(dtype)
+
+    found = gradients()
+    monkeypatch.setattr(fp8, "_product", wide)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(gradients()), strict=True):
+        assert relative_error(ours, theirs) < 5e-3
 
 
 def test_8_bit_products_train_within_one_percent(speeches, tmp_path):

@@ -103,7 +103,7 @@ class Work(NamedTuple):
 
 def lay_out(config: Train, devices: Sequence[jax.Device]) -> Work:
     """What a config asks for, on these devices."""
-    compute = config.model.training_compute(config.device.compute.resolve(*config.model.xla_flags))
+    compute = config.model.training_compute(config.device.compute.resolve())
     cfg = config.model.architecture(config.vocab_size, config.sequence_len)
     mesh = sharding.make_mesh(config.mesh, devices)
     rows = config.batch * config.accumulate * sharding.batch_devices(mesh)
@@ -123,7 +123,7 @@ def bench_train(config: Train) -> dict[str, Any]:
     work = lay_out(config, jax.devices())
     train_state, batch = work.start(), work.batch()
     micro = jax.tree.map(lambda x: x[:1], batch)
-    gradients = jax.jit(make_gradients(work.loss(), work.like.params, work.compute.dtype))
+    gradients = state.jit_for_training(make_gradients(work.loss(), work.like.params, work.compute.dtype), work.like)
     _, grads = gradients(train_state.params, micro, jax.random.key(0))
     update = state.make_update(work.tx, work.like)
 
@@ -132,7 +132,7 @@ def bench_train(config: Train) -> dict[str, Any]:
         return state.TrainState(now.step + 1, params, opt_state)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, work.like)
-    optimizer = jax.jit(apply, donate_argnums=0, out_shardings=shardings)
+    optimizer = state.jit_for_training(apply, work.like, donate_argnums=0, out_shardings=shardings)
 
     def optimize() -> jax.Array:
         nonlocal train_state

@@ -56,11 +56,6 @@ class ModelArgs:
             window_pattern=self.window_pattern,
         )
 
-    @property
-    def xla_flags(self) -> tuple[str, ...]:
-        """For compute.resolve: cuBLAS is what is fast in 8 bits, and to try Triton for each product takes minutes."""
-        return ("--xla_gpu_enable_triton_gemm=false",) if self.fp8 else ()
-
     def training_compute(self, compute: Compute) -> Compute:
         """How the training step computes, where everything else computes so.
 
@@ -133,7 +128,7 @@ def main(config: Config) -> Result:
     """Pretrain, and return the final state."""
     corpus = open_corpus(config.data, window_units=config.window_units)
     tok = corpus.tokenizer
-    compute = config.run.compute.resolve(*config.model.xla_flags)
+    compute = config.run.compute.resolve()
     start = None if config.init_from is None else open_model(config.init_from)
     if start is not None and start.tokenizer.sha256 != tok.sha256:
         raise UserError(f"{config.init_from} has another tokenizer than {config.data}; prepare the data with its own")

@@ -47,11 +47,11 @@ class ComputeConfig:
     deterministic: bool = False
     """Bitwise the same result each time on a GPU too, at the cost of speed; a CPU always is."""
 
-    def resolve(self, *xla_flags: str) -> Compute:
-        """What to compute with; must come before the first use of a device, which reads the flags set here."""
-        for flag in (*(("--xla_gpu_deterministic_ops=true",) if self.deterministic else ()), *xla_flags):
-            if flag not in os.environ.get("XLA_FLAGS", ""):
-                os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    def resolve(self) -> Compute:
+        """What to compute with; must come before the first use of a device, which reads the flag set here."""
+        flags, repeatable = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
+        if self.deterministic and repeatable not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {repeatable}".strip()
         chosen = default_compute()
         dtype = chosen.dtype if self.dtype == "auto" else self.dtype
         if jax.devices()[0].platform == "gpu" and dtype == "bfloat16" and chosen.dtype != dtype:
