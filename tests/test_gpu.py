@@ -215,7 +215,11 @@ def test_8_bit_products_equal_wide_ones_of_the_same_operands(monkeypatch):
 
 def test_8_bit_products_train_within_one_percent(speeches, tmp_path):
     """200 steps of presidential addresses: the mean loss of the last 20 within 1 % of bfloat16's."""
-    flags = ["--model.depth", "6", "--model.head-dim", "128", "--steps", "200", "--batch-tokens", "16384"]
+    # After a warm-up of two steps the loss jumps, and where a run lands depends on rounding.
+    flags = [
+        "--model.depth", "6", "--model.head-dim", "128", "--steps", "200", "--batch-tokens", "16384",
+        "--optim.warmup-steps", "20",
+    ]  # fmt: skip
     last = {
         name: np.mean(pretrain(speeches, tmp_path / name, *flags, *more)[-20:])
         for name, more in {"bf16": (), "fp8": ("--model.fp8",)}.items()
