@@ -66,7 +66,7 @@ def _tile_both_ways(x_ref: Any, scale_ref: Any, rows_ref: Any, columns_ref: Any)
 def _product(
     a_MK: jax.Array, b_NK: jax.Array, back: jax.Array, dtype: jnp.dtype, precision: jax.lax.Precision | None = None
 ) -> jax.Array:
-    """a bᵀ of quantized matrices, taken back by a factor: (M, N); a precision makes cuBLAS sum all in float32."""
+    """a bᵀ of quantized matrices, taken back by a factor: (M, N); the highest precision makes cuBLAS sum in float32."""
     # cuBLAS takes the factor along. Widening the operands first is another form that XLA should know, and does not.
     how: dict[str, Any] = {"preferred_element_type": dtype, "precision": precision}
     return jax.lax.dot_general(a_MK, b_NK, (((1,), (1,)), ((), ())), **how) * back.astype(dtype)
@@ -88,10 +88,10 @@ def _fp8_linear_forward(x: jax.Array, kernel_IO: jax.Array) -> tuple[jax.Array, 
 def _fp8_linear_backward(residuals: tuple[Any, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_IN, x_back, kernel_IO, kernel_back, like_kernel = residuals
     grad_q = quantize(grad.reshape(-1, grad.shape[-1]), jnp.float8_e5m2)
-    # A tensor core adds up 8-bit products in some 14 bits: too few for thousands of tokens, few of which weigh much.
-    of_gradient = partial(_product, precision=jax.lax.Precision.HIGHEST)
-    x_grad_NI = of_gradient(grad_q.rows_IO, kernel_IO, grad_q.back * kernel_back, grad.dtype)
-    kernel_grad_IO = of_gradient(x_IN, grad_q.columns_OI, x_back * grad_q.back, like_kernel.dtype)
+    x_grad_NI = _product(grad_q.rows_IO, kernel_IO, grad_q.back * kernel_back, grad.dtype)
+    # A tensor core by itself keeps some 14 bits of a sum: too few for one over all tokens (docs/log.md).
+    in_full = jax.lax.Precision.HIGHEST
+    kernel_grad_IO = _product(x_IN, grad_q.columns_OI, x_back * grad_q.back, like_kernel.dtype, in_full)
     return x_grad_NI.reshape(*grad.shape[:-1], -1), kernel_grad_IO
 
 

@@ -110,6 +110,6 @@ def jit_for_training(function: Callable[..., Any], like: TrainState, **how: Any)
     On GPUs cuBLAS alone is faster than where some products are Triton's, takes less memory, and 8-bit programs
     compile in minutes less. (Decoding a row is slower without Triton; see docs/log.md for both.)
     """
-    (device, *_), *_ = (leaf.sharding.device_set for leaf in jax.tree.leaves(like))
-    options = {"xla_gpu_enable_triton_gemm": False} if device.platform == "gpu" else None
+    on_gpu = next(iter(jax.tree.leaves(like)[0].sharding.device_set)).platform == "gpu"
+    options = {"xla_gpu_enable_triton_gemm": False} if on_gpu else None
     return jax.jit(function, compiler_options=options, **how)
