@@ -67,9 +67,9 @@ def _product(
     a_MK: jax.Array, b_NK: jax.Array, back: jax.Array, dtype: jnp.dtype, precision: jax.lax.Precision | None = None
 ) -> jax.Array:
     """a bᵀ of quantized matrices, taken back by a factor: (M, N); the highest precision makes cuBLAS sum in float32."""
+    along_K = (((1,), (1,)), ((), ()))
     # cuBLAS takes the factor along. Widening the operands first is another form that XLA should know, and does not.
-    how: dict[str, Any] = {"preferred_element_type": dtype, "precision": precision}
-    return jax.lax.dot_general(a_MK, b_NK, (((1,), (1,)), ((), ())), **how) * back.astype(dtype)
+    return jax.lax.dot_general(a_MK, b_NK, along_K, precision, preferred_element_type=dtype) * back.astype(dtype)
 
 
 @jax.custom_vjp

@@ -72,11 +72,9 @@ def test_the_training_step(h200s, compiled, monkeypatch, shape, fp8, segments):
     batch = abstract(dict.fromkeys(names, rows), work.mesh, PartitionSpec(None, BATCH_AXES))
     program = compiled(work.step(), work.mesh, work.like, batch)
     assert program.count("__cudnn$fmha") >= 2 * 4  # of each layer, forward and backward
-    wanted = {"_gram_block"}
-    if shape[2] == 1:  # what the compiler cuts is left to it
-        wanted |= {"_norm_gradient", "_turn_gradient", "_gradient"} | ({"_tile_both_ways"} if fp8 else set())
-    every = ("_gram_block", "_norm_gradient", "_turn_gradient", "_gradient", "_tile_both_ways")
-    assert {name for name in every if f'"{name}"' in program} == wanted
+    kernels = {"_gram_block": True} | dict.fromkeys(("_norm_gradient", "_turn_gradient", "_gradient"), shape[2] == 1)
+    kernels["_tile_both_ways"] = fp8 and shape[2] == 1  # what the compiler cuts is left to it
+    assert {name: f'"{name}"' in program for name in kernels} == kernels
     assert ("f8e4m3" in program) == fp8
     assert "__triton_gemm" not in program
 
