@@ -67,6 +67,11 @@ def pretrain(data: Path, out: Path, *flags: str, devices: int = 1, processes: in
     return [record["loss"] for record in read_metrics(out) if "loss" in record]
 
 
+# Scalars thrown about by rates for large batches make bfloat16 runs that differ by rounding alone end 6 % apart; with
+# these rates, 0.01 % (docs/log.md).
+CALM = ("--optim.scalar-lr", "0.05", "--optim.smear-lr", "0.02")
+
+
 @pytest.fixture(scope="module")
 def speeches(tmp_path_factory) -> Path:
     """Presidential addresses in records of 512 tokens."""
@@ -215,10 +220,9 @@ def test_8_bit_products_equal_wide_ones_of_the_same_operands(monkeypatch):
 
 def test_8_bit_products_train_within_one_percent(speeches, tmp_path):
     """200 steps of presidential addresses: the mean loss of the last 20 within 1 % of bfloat16's."""
-    # After a warm-up of two steps the loss jumps, and where a run lands depends on rounding.
     flags = [
         "--model.depth", "6", "--model.head-dim", "128", "--steps", "200", "--batch-tokens", "16384",
-        "--optim.warmup-steps", "20",
+        "--optim.warmup-steps", "20", *CALM,
     ]  # fmt: skip
     last = {
         name: np.mean(pretrain(speeches, tmp_path / name, *flags, *more)[-20:])
@@ -231,7 +235,7 @@ def test_8_bit_products_train_within_one_percent(speeches, tmp_path):
 several = pytest.mark.skipif(len(jax.devices()) < 2, reason="there is one GPU")
 FIFTY = (
     "--model.depth", "4", "--model.head-dim", "64", "--steps", "50", "--batch-tokens", "4096", "--lr-scale", "0.3",
-    "--optim.warmup-steps", "20",
+    "--optim.warmup-steps", "20", *CALM,
 )  # fmt: skip
 
 
@@ -245,9 +249,10 @@ def fifty_alone(speeches, tmp_path_factory) -> list[float]:
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
 def test_two_train_like_one(speeches, fifty_alone, tmp_path, axis, processes):
-    """In bfloat16 two orders of adding up drift apart as two seeds do not: by 1 % after 50 steps at most."""
+    """In bfloat16 two orders of adding up drift apart: by 1 % after 50 steps at most."""
     mesh = [text for name in ("data", "fsdp", "tensor") for text in (f"--run.mesh.{name}", str(1 + (name == axis)))]
     found = pretrain(speeches, tmp_path / "run", *FIFTY, *mesh, devices=2, processes=processes)
+    print("apart by", np.max(np.abs(np.divide(found, fifty_alone) - 1)))
     np.testing.assert_allclose(found[:2], fifty_alone[:2], rtol=2e-3)
     np.testing.assert_allclose(found, fifty_alone, rtol=0.01)
 
@@ -261,5 +266,6 @@ def test_a_run_moves_between_one_and_two(speeches, fifty_alone, tmp_path):
     for gone, mesh, devices in (((40, 50), cut, 2), ((50,), (), 1)):
         for step in gone:
             shutil.rmtree(out / "checkpoints" / str(step))
-        losses = pretrain(speeches, out, *FIFTY, *saved, *mesh, devices=devices)
-        np.testing.assert_allclose(losses[-50:], fifty_alone, rtol=0.01)
+        found = pretrain(speeches, out, *FIFTY, *saved, *mesh, devices=devices)[-50:]
+        print("apart by", np.max(np.abs(np.divide(found, fifty_alone) - 1)))
+        np.testing.assert_allclose(found, fifty_alone, rtol=0.01)
