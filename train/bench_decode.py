@@ -52,7 +52,7 @@ def bench_decode(config: Decode) -> dict[str, Any]:
 def decode_row(
     config: Decode, cfg: ModelConfig, params: model.Params, batch: int, weight_bytes: int, copy_rate: float
 ) -> dict[str, float]:
-    """What one batch size takes, beside the time that reading weights and cache once would."""
+    """What one batch size takes, beside the time that reading weights and the filled part of the cache once would."""
     compute = config.device.compute.resolve()
     begin = jax.jit(partial(generate.begin, cfg=cfg, compute=compute))
     decode = jax.jit(partial(generate.decode, cfg=cfg, compute=compute), donate_argnums=1)
@@ -70,7 +70,8 @@ def decode_row(
         jax.block_until_ready(decode(params, fresh, forced_BT, limits_B)[1])
         times.append((time.perf_counter() - start) / config.new_tokens)
     step = statistics.median(times[1:])  # the first compiles
-    cache_bytes = sum(x.nbytes for x in jax.tree.leaves((slots.rows.cache.keys, slots.rows.cache.values)))
+    cache, filled = slots.rows.cache, config.prompt + config.new_tokens // 2  # on average
+    cache_bytes = sum(x.nbytes // x.shape[2] * min(x.shape[2], filled) for x in (*cache.keys, *cache.values))
     forward_flops = batch * config.prompt * cfg.flops_per_token() / 3
     return {
         "prefill_milliseconds": 1e3 * first,
