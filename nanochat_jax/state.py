@@ -90,11 +90,9 @@ def make_train_step(
         applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         params = jax.lax.with_sharding_constraint(state.params, layout)
-        grads = jax.tree.map(lambda g: g / count, in_float32(grads))
-        new_params, opt_state, update_norm = update(grads, params, state.opt_state)
+        updated = update(jax.tree.map(lambda g: g / count, in_float32(grads)), params, state.opt_state)
         # A select, which XLA puts into the kernels that write: for a branch the host would wait for the device.
-        kept = jax.tree.map(partial(jnp.where, applied), (new_params, opt_state), (params, state.opt_state))
-        update_norm = jnp.where(applied, update_norm, 0)
+        *kept, update_norm = jax.tree.map(partial(jnp.where, applied), updated, (params, state.opt_state, 0.0))
         return TrainState(state.step + 1, *kept), StepMetrics(loss, grad_norm, update_norm, applied, means)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)

@@ -287,5 +287,5 @@ def bench_deepest(config: Deepest) -> dict[str, Any]:
         depth -= stride
         best = trained(depth)
     if best is None:
-        raise UserError(f"not even depth {config.stride} fits {in_words(limit)}: a shorter --sequence-len needs less")
+        raise UserError(f"not even depth {stride} fits {in_words(limit)}: a shorter --sequence-len needs less")
     return {"deepest": best, "mesh": to_json(mesh), "usable_gib": limit / 2**30}
