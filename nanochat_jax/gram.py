@@ -53,7 +53,7 @@ def blockwise(
         in_specs=[pl.BlockSpec((1, *x_SIO.shape[1:]), lambda t, s: (s, 0, 0))],
         out_specs=pl.BlockSpec((1, M, M), lambda t, s: (s, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((S, M, M), x_SIO.dtype),
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=triton.CompilerParams(num_warps=8 if polynomial is None else 4, num_stages=3),
         interpret=interpret,
     )(x_SIO)
 
@@ -73,12 +73,13 @@ def _gram_block(x_ref: Any, out_ref: Any, *, polynomial: Coefficients | None, of
             return total + triton.dot(x_ref[0, ks, rows], x_ref[0, ks, cols], trans_a=True)
         return total + triton.dot(x_ref[0, rows, ks], x_ref[0, cols, ks], trans_b=True)
 
-    K = x_ref.shape[1 if of_columns else 2]
-    total = jax.lax.fori_loop(0, K // BLOCK_K, add, jnp.zeros((BLOCK_M, BLOCK_M), jnp.float32))
-    if polynomial is not None:
+    total, c = jnp.zeros((BLOCK_M, BLOCK_M), jnp.float32), 1.0
+    if polynomial is not None:  # its first terms begin the sum, and need no registers beside it
         a, b, c = polynomial
         row_MM, col_MM = (jax.lax.broadcasted_iota(jnp.int32, total.shape, axis) for axis in (0, 1))
         is_diagonal = row_MM + rows.start == col_MM + cols.start
-        total = jnp.where(is_diagonal, a, 0.0) + b * x_ref[0, rows, cols].astype(jnp.float32) + c * total
+        total = jnp.where(is_diagonal, a / c, 0.0) + b / c * x_ref[0, rows, cols].astype(jnp.float32)
+    K = x_ref.shape[1 if of_columns else 2]
+    total = c * jax.lax.fori_loop(0, K // BLOCK_K, add, total)
     out_ref[0, rows, cols] = total.astype(out_ref.dtype)
     out_ref[0, cols, rows] = total.astype(out_ref.dtype).T

@@ -39,28 +39,28 @@ class MuonState(NamedTuple):
 
 
 def orthogonalize(x_SIO: jax.Array) -> jax.Array:
-    """Bring all singular values of each matrix of a stack near one size, by five Polar Express iterations.
+    """Bring all singular values of each matrix of a stack near one, by five Polar Express iterations.
 
     Args:
         x_SIO: S matrices, in the dtype to compute in.
 
     Returns:
-        The same shape and dtype, each matrix of Frobenius norm sqrt(min(I, O)).
+        The same shape and dtype.
     """
     rows, cols = x_SIO.shape[-2:]
-    row_norm = jnp.linalg.norm(x_SIO.astype(jnp.float32), axis=-2, keepdims=True)
-    target_norm = _frobenius(x_SIO) / cols**0.5
-    x_SIO = x_SIO * (target_norm / jnp.maximum(row_norm, 1e-6)).astype(x_SIO.dtype)
-    x_SIO = (x_SIO / (_frobenius(x_SIO) * 1.01 + 1e-6)).astype(x_SIO.dtype)
+    norms_S1O = jnp.sqrt(_squares(x_SIO, -2))
+    scale_S1O = jnp.linalg.norm(norms_S1O, axis=-1, keepdims=True) / cols**0.5 / jnp.maximum(norms_S1O, 1e-6)
+    scaled_norm = jnp.linalg.norm(norms_S1O * scale_S1O, axis=-1, keepdims=True)
+    x_SIO = (x_SIO * (scale_S1O / (scaled_norm * 1.01 + 1e-6))).astype(x_SIO.dtype)
     wide = rows < cols
     for coefficients in POLAR_EXPRESS:
         polynomial_SMM = gram(gram(x_SIO, of_columns=not wide), coefficients)  # on the short side
         x_SIO = polynomial_SMM @ x_SIO if wide else x_SIO @ polynomial_SMM
-    return (x_SIO * (min(rows, cols) ** 0.5 / jnp.maximum(_frobenius(x_SIO), 1e-6))).astype(x_SIO.dtype)
+    return x_SIO
 
 
-def _frobenius(x_SIO: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(x_SIO.astype(jnp.float32), axis=(-2, -1), keepdims=True)
+def _squares(x_SIO: jax.Array, axis: int) -> jax.Array:
+    return jnp.sum(x_SIO.astype(jnp.float32) ** 2, axis=axis, keepdims=True)
 
 
 def _normuon_axis(shape: tuple[int, ...]) -> int:
@@ -68,18 +68,33 @@ def _normuon_axis(shape: tuple[int, ...]) -> int:
     return -2 if shape[-1] >= shape[-2] else -1
 
 
-def _normalize(g_SIO: jax.Array, second_moment: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """NorMuon: even out the mean squares of a stack's rows or columns, keeping each matrix's norm."""
-    g_SIO = g_SIO.astype(jnp.float32)
-    axis = _normuon_axis(g_SIO.shape)
-    mean_square = jnp.mean(g_SIO**2, axis=axis, keepdims=True)
-    second_moment = second_moment + (1 - NORMUON_BETA2) * (mean_square - second_moment)
-    scaled = g_SIO * jax.lax.rsqrt(jnp.maximum(second_moment, 1e-10))
-    return scaled * (_frobenius(g_SIO) / jnp.maximum(_frobenius(scaled), 1e-10)), second_moment
+def _normuon(x_SIO: jax.Array, second_moment: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What evens out the mean squares of a stack's rows or columns, and leaves each matrix norm sqrt(min(I, O)).
+
+    All norms come from one pass over the matrices, which stay as they are.
+
+    Returns:
+        Factors for the rows or columns, and the new second moment, both in its shape.
+    """
+    axis = _normuon_axis(x_SIO.shape)
+    squares = _squares(x_SIO, axis)
+    target_norm = min(x_SIO.shape[-2:]) ** 0.5
+    to_target = target_norm / jnp.maximum(_total(squares), 1e-6)
+    squares = squares * to_target**2
+    second_moment = second_moment + (1 - NORMUON_BETA2) * (squares / x_SIO.shape[axis] - second_moment)
+    even = jax.lax.rsqrt(jnp.maximum(second_moment, 1e-10))
+    keep_norm = _total(squares) / jnp.maximum(_total(squares * even**2), 1e-10)
+    return to_target * even * keep_norm, second_moment
 
 
-def _direction(g_SIO: jax.Array, second_moment: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _normalize(orthogonalize(g_SIO), second_moment)
+def _total(squares: jax.Array) -> jax.Array:
+    """Of rows' or columns' sums of squares, each matrix's norm."""
+    return jnp.sqrt(jnp.sum(squares, axis=(-2, -1), keepdims=True))
+
+
+def _direction(x_SIO: jax.Array, second_moment: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    x_SIO = orthogonalize(x_SIO)
+    return x_SIO, _normuon(x_SIO, second_moment)
 
 
 def muon(
@@ -111,9 +126,9 @@ def muon(
         directions, moments = list(leaves), list(old_moments)
         for (_, at), indices in alike.items():
             stack, moment = (jnp.stack([of[i] for i in indices]) for of in (leaves, old_moments))
-            stack, moment = sharding.on_whole_matrices(_direction, stack, moment, at)
+            stack, (factor, moment) = sharding.on_whole_matrices(_direction, stack, moment, at)
             for position, i in enumerate(indices):
-                directions[i], moments[i] = stack[position], moment[position]
+                directions[i], moments[i] = stack[position] * factor[position], moment[position]
 
         def delta(direction: jax.Array, param: jax.Array) -> jax.Array:
             shape_lr = lr * max(1.0, param.shape[-1] / param.shape[-2]) ** 0.5

@@ -286,16 +286,16 @@ def over_rows_and_heads(
     return cut(q_BTNH, k_BTKH, v_BTKH, of_rows)
 
 
-MatrixFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+MatrixFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]]
 
 
 def on_whole_matrices(
     function: MatrixFunction, stack_SIO: jax.Array, others_S: jax.Array, at: NamedSharding | None
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Apply a function to a stack of matrices, each whole on one device and no two devices on the same.
 
     Args:
-        function: (matrices, something of each) → the same, changed; zeros must do no harm.
+        function: (matrices, something of each) → changed matrices, and things like the other; zeros must do no harm.
         stack_SIO: S matrices.
         others_S: something small of each.
         at: how each matrix lies, before and after; None where there is but one device.
@@ -307,21 +307,22 @@ def on_whole_matrices(
     cutting = tuple(name for _, axes in cuts for name in axes)
     copies = tuple(name for name in AXES if name not in cutting and at.mesh.shape[name] > 1)
 
-    def exchange(stack_SIO: jax.Array, others_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def exchange(stack_SIO: jax.Array, others_S: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         stack_SIO, others_S = _own_part(stack_SIO, copies), _own_part(others_S, copies + cutting)
         for axis, axes in cuts:
             stack_SIO = jax.lax.all_to_all(stack_SIO, axes, split_axis=0, concat_axis=axis, tiled=True)
-        stack_SIO, others_S = function(stack_SIO, others_S)
+        stack_SIO, found = function(stack_SIO, others_S)
         for axis, axes in reversed(cuts):
             stack_SIO = jax.lax.all_to_all(stack_SIO, axes, split_axis=axis, concat_axis=0, tiled=True)
-        return _all_parts(stack_SIO, copies), _all_parts(others_S, copies + cutting)
+        at_once = _all_parts(jnp.stack(found, axis=1), copies + cutting)
+        return _all_parts(stack_SIO, copies), tuple(jnp.moveaxis(at_once, 1, 0))
 
     S, padding = stack_SIO.shape[0], -stack_SIO.shape[0] % at.mesh.size
     stack_SIO, others_S = (jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1))) for x in (stack_SIO, others_S))
     specs = PartitionSpec(None, *at.spec), PartitionSpec()
     spread = jax.shard_map(exchange, mesh=at.mesh, in_specs=specs, out_specs=specs, check_vma=False)
-    stack_SIO, others_S = spread(stack_SIO, others_S)
-    return stack_SIO[:S], others_S[:S]
+    stack_SIO, found = spread(stack_SIO, others_S)
+    return stack_SIO[:S], tuple(x[:S] for x in found)
 
 
 def _own_part(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

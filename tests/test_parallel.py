@@ -128,7 +128,7 @@ def test_orthogonalized_by_the_kernel_on_a_mesh_as_on_one_device(spec, monkeypat
     stack_SIO = jax.random.normal(jax.random.key(0), (6, 128, 256), jnp.bfloat16)
 
     def function(part_SIO, others_S):
-        return muon.orthogonalize(part_SIO), others_S
+        return muon.orthogonalize(part_SIO), (others_S,)
 
     found = jax.jit(lambda x: sharding.on_whole_matrices(function, x, jnp.zeros(6), at)[0])(stack_SIO)
     alone = jax.jit(muon.orthogonalize)

@@ -94,15 +94,16 @@ def test_each_matrix_of_a_stack_is_whole_on_one_device(spec, count):
 
     def function(stack_SIO, factors_S11):
         seen.append((stack_SIO.shape, factors_S11.shape))
-        return jnp.cumsum(stack_SIO, axis=1) * factors_S11, factors_S11 + 1  # needs whole columns
+        return jnp.cumsum(stack_SIO, axis=1) * factors_S11, (factors_S11 + 1, -factors_S11)  # needs whole columns
 
     def run(matrices, factors):
         stack = jnp.stack([jax.lax.with_sharding_constraint(matrix, at) for matrix in matrices])
         return sharding.on_whole_matrices(function, stack, factors, at)
 
-    found, others = jax.jit(run)(matrices, factors)
+    found, (others, negated) = jax.jit(run)(matrices, factors)
     np.testing.assert_allclose(found, np.cumsum(matrices, axis=1) * factors, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(others, factors + 1)
+    np.testing.assert_array_equal(negated, -factors)
     per_device = -(-count // 8)
     assert seen == [((per_device, 8, 16), (per_device, 1, 1))]
 
