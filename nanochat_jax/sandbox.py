@@ -143,7 +143,7 @@ def _limit_resources(limits: Limits, held: tuple[str, ...]) -> tuple[str, ...]:
         "open-files": (resource.RLIMIT_NOFILE, 64),
         "core": (resource.RLIMIT_CORE, 0),
     }
-    done = ["processes"] if os.getuid() else []  # no limit on processes binds root
+    done = ["processes"] if held or os.getuid() else []  # no limit on processes binds root outside a namespace
     for name, (kind, value) in wanted.items():
         with suppress(ValueError, OSError):  # macOS knows no limit of address space
             resource.setrlimit(kind, (value, value))
@@ -170,8 +170,12 @@ def _isolate(limits: Limits) -> tuple[str, ...]:
         for name, line in (("uid_map", f"0 {uid} 1"), ("setgroups", "deny"), ("gid_map", f"0 {gid} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(line)
+        with suppress(OSError), open("/proc/sys/user/max_user_namespaces", "w") as file:
+            file.write("0")  # in one of its own, the program could mount more memory to write to
         _mount_read_only(libc, folder, limits.folder_bytes)
         held.append("files")
+    PR_SET_SECUREBITS, NOROOT_LOCKED = 28, 0b11  # else execve gives back to uid 0 what capset takes
+    _call(libc.prctl, PR_SET_SECUREBITS, *map(ctypes.c_ulong, (NOROOT_LOCKED, 0, 0, 0)))
     _call(libc.capset, (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     return tuple(held)
 

@@ -115,6 +115,25 @@ def test_files(held, tmp_path):
         assert "No space left" in run(many).output
 
 
+def test_another_program_in_its_place_gets_no_rights(held, tmp_path):
+    """execve gives a uid 0 all that its namespace has to give, if it is let."""
+    if "files" in held:
+        taken = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+rights = open("/proc/self/status").read().partition("CapEff:")[2].split()[0]
+writable = (ctypes.c_uint64 * 4)(0, 1, 0, 0)
+changed = libc.syscall(442, -100, b"/", 0x8000, writable, 32)
+mounted = libc.mount(b"tmpfs", os.getcwd().encode(), b"tmpfs", ctypes.c_ulong(0), b"size=2g")
+assert (int(rights, 16), changed, mounted) == (0, -1, -1), (rights, changed, mounted)
+"""
+        exec_it = f"import os, sys\nos.execv({sys.executable!r}, ['python', '-I', '-S', '-c', {taken!r} + CHECK])"
+        victim = tmp_path / "a"
+        written = run(exec_it.replace("CHECK", repr(f"open({str(victim)!r}, 'w')"))).output
+        assert "Read-only file system" in written and not victim.exists(), written
+        assert run(f"import os\nos.unshare(os.CLONE_NEWUSER)\n{taken}").status == "error"
+
+
 def test_network(held):
     if "network" in held:
         result = run("import socket; socket.create_connection(('127.0.0.1', 9), 1)")
