@@ -185,6 +185,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         if not candidates:
             return None
         found = "".join(f"\n  step {candidate}: {self._damage[candidate]}" for candidate in candidates)
+        if step is not None and len(there) > 1:
+            raise UserError(f"a damaged checkpoint in {self.folder}; those of other steps may be good:{found}")
         raise UserError(f"no good checkpoint in {self.folder} (move it away to start anew):{found}")
 
     def _read(self, step: int) -> Checkpoint:

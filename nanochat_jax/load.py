@@ -83,6 +83,11 @@ def open_model(folder: Path, *, step: int | None = None) -> StoredModel:
     return StoredModel(folder, found, cfg, tokenizer.from_bytes(found.tokenizer))
 
 
+def open_undamaged(folder: Path) -> StoredModel:
+    """As open_model, but parameters are read once, too: for what must know its checkpoint long before it loads it."""
+    return load_model(folder, mesh=sharding.make_mesh(sharding.MeshConfig(fsdp=jax.device_count()))).stored
+
+
 def load_model(
     folder: Path, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None, compute: Compute | None = None
 ) -> LoadedModel:

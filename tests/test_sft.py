@@ -157,6 +157,20 @@ def test_a_checkpoint_without_optimizer_starts_with_a_fresh_one(tiny_base, tmp_p
     assert open_model(tmp_path / "run").recipe["warm"] is False
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over(tiny_base, tmp_path):
+    stored = load_model(tiny_base)
+    meta, tokenizer = stored.stored.checkpoint.meta, stored.tokenizer.to_bytes()
+    with Checkpoints(tmp_path / "base" / "checkpoints") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"params": stored.params}, meta=meta, tokenizer=tokenizer)
+    shutil.rmtree(tmp_path / "base" / "checkpoints" / "2" / "state")
+    sft.main(config(tmp_path / "base", tmp_path / "run", steps=1, prompts=()))
+    good = open_model(tmp_path / "base", step=1)
+    assert open_model(tmp_path / "run").recipe["start_from"] == good.fingerprint
+    with pytest.raises(UserError, match=r"(?s)those of other steps may be good:.*step 2: state"):
+        load_model(tmp_path / "base", step=2)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -18,7 +18,7 @@ from nanochat_jax.config import (
 )
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute
-from nanochat_jax.load import StoredModel, open_model
+from nanochat_jax.load import StoredModel, open_undamaged
 from nanochat_jax.tokenizer import Tokenizer
 from train.start import Start, from_stored
 
@@ -50,7 +50,7 @@ def open_base(folder: Path) -> tuple[StoredModel, OptimConfig, Horizon]:
     Raises:
         UserError: if there is none, or none that fine-tuning knows.
     """
-    stored = open_model(folder)
+    stored = open_undamaged(folder)
     if not isinstance(stored.cfg, ModelConfig):
         raise UserError(f"{folder} holds a GPT-2; fine-tuning is for the nanochat architecture")
     pretrained = stored.recipe.get("pretrained", stored.recipe)  # a checkpoint of fine-tuning passes them on
