@@ -13,7 +13,7 @@ from nanochat_jax.config import from_depth, horizon
 from tests.commands import MODULE, PAGES, ROOT, config_of, text_of
 
 OTHERS_FLAGS = {
-    "--build-arg", "--gpus", "--gpus-per-task", "--logdir", "--privileged", "--repo-type", "--rm", "--torch-python",
+    "--build-arg", "--gpus", "--gpus-per-node", "--logdir", "--privileged", "--repo-type", "--rm", "--torch-python",
     "--update", "--xla_force_host_platform_device_count",
 }  # fmt: skip
 

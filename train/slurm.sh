@@ -14,4 +14,4 @@
 set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}"
-srun --kill-on-bad-exit=1 .venv/bin/python -m "$@"
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" .venv/bin/python -m "$@"
