@@ -94,10 +94,6 @@ class Collective(NamedTuple):
     calls: int  # each time that the program runs
     name: str  # the operation of the traced program that it comes from
 
-    @property
-    def is_repeated(self) -> bool:
-        return self.calls > 1
-
 
 COLLECTIVE = re.compile(
     r"^ +(?:ROOT )?%\S+ = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(.*",
