@@ -44,7 +44,11 @@ class Units:
 
 
 class StopSignal:
-    """Turns SIGTERM and the first Ctrl-C into a flag while the context is open (main thread only)."""
+    """Turns SIGTERM and the first Ctrl-C into a flag while the context is open (main thread only).
+
+    A second Ctrl-C is a KeyboardInterrupt. SIGTERM may come again: a job's manager sends it to every process of a
+    job, and its launcher passes it on.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -55,9 +59,10 @@ class StopSignal:
         return self._watch.ask(self.received)
 
     def _receive(self, number: int, _frame: object) -> None:
-        if self.received is not None:
+        if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        if self.received != signal.SIGINT:
+            self.received = number
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopSignal"]:
@@ -75,7 +80,7 @@ class StopSignal:
 class _Clock:
     """Seconds a step takes, averaged over the last few: results arrive in bursts, since dispatch runs ahead.
 
-    What hooks take is left out, and so is the first step, which compiles.
+    What hooks take, and waiting for data, is left out, and so is the first step, which compiles.
     """
 
     def __init__(self) -> None:
@@ -111,13 +116,13 @@ def fit(
     Args:
         state: where to begin; its buffers are donated.
         train_step: as state.make_train_step gives.
-        batches: from the state's step on.
+        batches: from the state's step on; {} while the next one is waited for.
         steps: the total, those already done included.
         hooks: evaluation, samples, checkpoints; run in this order.
         save: called once more when a signal stops the run.
         log: receives loss, gradient norm and rates of every step, and what hooks return.
         units: for tokens/s and MFU; None where steps differ in their work.
-        stop: looked at after each step; default: none stops the run.
+        stop: looked at after each step and each {}; default: none stops the run.
         max_bad_steps: so many steps in a row may be skipped as not finite.
 
     Returns:
@@ -159,6 +164,9 @@ def fit(
                 "nothing of them entered the parameters. Lower the learning rates or look at the data of these steps"
             )
 
+    def agreed() -> int | None:
+        return stop.agreed() if stop is not None else None
+
     def run_hooks(step: int, due: list[Hook]) -> None:
         for hook in due:
             if values := hook.run(step, state):
@@ -170,11 +178,19 @@ def fit(
             run_hooks(0, [hook for hook in hooks if hook.due(0, steps)])
         unread: tuple[int, StepMetrics] | None = None
         for step in range(start + 1, steps + 1):
-            state, metrics = train_step(state, next(batches))
+            while (batch := next(batches)) == {}:
+                if unread is not None:
+                    report(*unread)
+                    unread = None
+                if (stopped := agreed()) is not None:
+                    save(step - 1, state)
+                    raise Stopped(step - 1, stopped)
+                clock.restart()
+            state, metrics = train_step(state, batch)
             if unread is not None:
                 report(*unread)
             unread = (step, metrics)
-            stopped = stop.agreed() if stop is not None else None
+            stopped = agreed()
             due = [hook for hook in hooks if hook.due(step, steps)]
             if due or step == steps or stopped is not None:
                 report(*unread)

@@ -23,6 +23,8 @@ from test_state import largest_error
 from nanochat_jax.chat import conversation
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import OptimConfig
+from nanochat_jax.data import prepare as preparing
+from nanochat_jax.data.corpus import open_corpus
 from nanochat_jax.load import load_model
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.sharding import MeshConfig
@@ -146,6 +148,33 @@ def test_killed_stopped_and_resumed_by_fewer_processes(tiny_data, tmp_path, whol
     out, _ = finish(launch(1, *command))
     assert f"going on from step {reached}" in out
     check_alike(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_told_to_stop_while_waiting_for_data_all_save_and_stop(tiny_data, tmp_path, monkeypatch):
+    """Preparation has stopped behind the first unit, of which a step wants all records."""
+    real = preparing._prepare_unit
+
+    def dying(job, tok, unit):
+        if unit == 1:
+            raise KeyboardInterrupt
+        real(job, tok, unit)
+
+    monkeypatch.setattr(preparing, "_prepare_unit", dying)
+    source, tokenizer = f"text:{tiny_data.parent}/*.txt", tiny_data / "tokenizer.model"
+    with pytest.raises(KeyboardInterrupt):
+        preparing.prepare(
+            preparing.PrepareConfig(source, tokenizer, tmp_path / "data", 32, 0.1, unit_bytes=20_000, workers=1)
+        )
+    rows = len(open_corpus(tmp_path / "data", window_units=1).train) // 8 * 8
+    more = "--run.save-every", "0", "--window-units", "1", "--batch-tokens", str(32 * rows)
+    process = launch(2, *pretrain_command(tmp_path / "data", tmp_path / "run", *more))
+    while "waiting for more" not in process.stdout.readline():
+        assert process.poll() is None, process.communicate()[1][-6000:]
+    process.send_signal(signal.SIGTERM)
+    _, errors = finish(process, code=128 + signal.SIGTERM)
+    assert errors.count("stopped by SIGTERM after step 1; all is saved") == 1
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [1]
 
 
 def test_processes_that_differ_are_told_once(tiny_data, tmp_path):

@@ -93,10 +93,12 @@ def test_validation_reads_all_in_order_and_pads_the_last_batch(numbered):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 9])
-def test_validation_stops_after_exactly_the_rows_that_are_asked_for(numbered, batch_size):
+def test_validation_takes_exactly_the_rows_that_are_asked_for_from_everywhere(numbered, batch_size):
     found = [row for batch in validation_batches(numbered, batch_size, limit=7) for row in batch["targets"]]
-    whole = [row for batch in validation_batches(numbered, 7) for row in batch["targets"]][:7]
-    np.testing.assert_array_equal([row for row in found if (row >= 0).any()], whole)
+    spread = [numbered.row(i * COUNT // 7)["targets"] for i in range(7)]
+    np.testing.assert_array_equal([row for row in found if (row >= 0).any()], spread)
+    more = [row for batch in validation_batches(numbered, batch_size, limit=99) for row in batch["targets"]]
+    assert sum((row >= 0).any() for row in more) == COUNT
 
 
 @pytest.mark.parametrize("hosts", [2, 3, 6])

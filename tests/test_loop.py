@@ -94,6 +94,32 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 4]
 
 
+def test_a_signal_while_data_is_waited_for_saves_and_stops(tmp_path):
+    saved = []
+
+    def batches():
+        yield from (0, 1, {})
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield {}
+        pytest.fail("waits on")
+
+    with pytest.raises(Stopped, match="SIGTERM after step 2"):
+        run(tmp_path, batches(), steps=100, save=lambda step, state: saved.append((step, float(state.params["w"]))))
+    assert saved == [(2, 1.0)]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_only_a_second_ctrl_c_ends_at_once():
+    with StopSignal().listening() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed() == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_it_runs_outside_the_main_thread(tmp_path):
     thread = threading.Thread(target=run, args=(tmp_path, [0] * 3), kwargs={"steps": 3})
     thread.start()

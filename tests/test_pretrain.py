@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 from nanochat_jax import sharding
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import OptimConfig
+from nanochat_jax.data import corpus as corpora
+from nanochat_jax.data import prepare as preparing
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import locked
 from nanochat_jax.layers import Compute
@@ -220,15 +223,51 @@ def test_a_folder_in_which_another_run_is_at_work_is_refused(tiny_data, tmp_path
         pretrain.main(config(tiny_data, tmp_path))
 
 
-def test_no_more_batches_are_waited_for_than_steps_want():
+def test_a_batch_that_is_there_is_not_held_back_by_the_next():
     def one_after_the_other(start, share):
         for step in range(start, 5):
             yield {"tokens": np.full((8, 4), step, np.int32)}
+        yield {}
         pytest.fail("waits for what is perhaps never prepared")
 
-    stage = SimpleNamespace(rollout=None, batches=one_after_the_other, steps=5)
+    stage = SimpleNamespace(rollout=None, batches=one_after_the_other)
     _, found = _steps(stage, None, sharding.make_mesh(), 2, 1)
-    assert [int(batch["tokens"][0, 0, 0]) for batch in found] == [2, 3, 4]
+    assert [int(next(found)["tokens"][0, 0, 0]) for _ in range(3)] == [2, 3, 4]
+
+
+def test_a_batch_larger_than_what_is_ready_is_waited_for(tiny_data, tmp_path, monkeypatch):
+    """Preparation has finished one unit when training starts, and goes on meanwhile."""
+    monkeypatch.setattr(corpora, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(pretrain, "run_stage", lambda stage, *_: (stage.rows_per_step, None))
+    paused, go_on, real = threading.Event(), threading.Event(), preparing._prepare_unit
+
+    def slow(job, tok, unit):
+        if unit == 1:
+            paused.set()
+            go_on.wait()
+        real(job, tok, unit)
+
+    monkeypatch.setattr(preparing, "_prepare_unit", slow)
+    source = f"text:{tiny_data.parent}/*.txt"
+    arguments = preparing.PrepareConfig(
+        source, tiny_data / "tokenizer.model", tmp_path / "data", 32, 0.1, unit_bytes=20_000, workers=1
+    )
+    preparation = threading.Thread(target=preparing.prepare, args=(arguments,))
+    preparation.start()
+    paused.wait()
+    corpus = corpora.open_corpus(tmp_path / "data", window_units=1)
+    rows = len(corpus.train) // 8 * 8 + 8
+    threading.Timer(0.2, go_on.set).start()
+    settings = config(tmp_path / "data", tmp_path / "run", window_units=1, batch_tokens=32 * rows)
+    assert pretrain.main(settings).state == rows
+    preparation.join()
+
+
+def test_dials_of_nanochat_are_refused_by_other_presets(tiny_data, tmp_path):
+    for changes in ({"ratio": 8.0}, {"optim": OptimConfig(matrix_lr=0.5)}, {"model": pretrain.ModelArgs(depth=3)}):
+        settings = replace(pretrain.Config(tiny_data, RunConfig(tmp_path), "char-cpu"), **changes)
+        with pytest.raises(UserError, match="--model, --optim and --ratio are nanochat's dials"):
+            pretrain.main(settings)
 
 
 def test_a_folder_that_was_never_prepared_is_refused(tmp_path):

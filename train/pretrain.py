@@ -80,7 +80,7 @@ class Config:
     model: ModelArgs = field(default_factory=ModelArgs)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ratio: float = 12.0
-    """Training tokens per scaling parameter: 12 is compute-optimal, 8 nanochat's speedrun."""
+    """Training tokens per scaling parameter of the nanochat preset: 12 is compute-optimal, 8 nanochat's speedrun."""
     steps: int | None = None
     """Optimizer steps, in place of what the ratio or the preset gives."""
     batch_tokens: int | None = None
@@ -91,7 +91,7 @@ class Config:
     init_from: Path | None = None
     """Run whose parameters to start from, such as a converted GPT-2 to fine-tune; its architecture is taken too."""
     eval_rows: int = 0
-    """Rows of the validation split to measure on during training; 0 for all."""
+    """Rows of the validation split to measure on during training, evenly spaced; 0 for all."""
     prompts: tuple[str, ...] = ("The", "My fellow citizens", "In the year")
     """What samples begin with."""
     window_units: int = 0
@@ -126,15 +126,16 @@ class Result:
 
 def main(config: Config) -> Result:
     """Pretrain, and return the final state."""
+    compute = config.run.compute.resolve()
     corpus = open_corpus(config.data, window_units=config.window_units)
     tok = corpus.tokenizer
-    compute = config.run.compute.resolve()
     start = None if config.init_from is None else open_model(config.init_from)
     if start is not None and start.tokenizer.sha256 != tok.sha256:
         raise UserError(f"{config.init_from} has another tokenizer than {config.data}; prepare the data with its own")
     make_plan = plan_nanochat if config.preset == "nanochat" else plan_gpt2
     plan = make_plan(config, tok.vocab_size, corpus.sequence_len, start.cfg if start else None, compute.dtype)
     cfg, rows = plan.cfg, plan.rows
+    corpus.wait_for(rows)
     if len(corpus.train) < rows:
         raise UserError(
             f"there are {len(corpus.train):,} train records in {config.data}, less than one batch of {rows:,} rows: "
@@ -202,8 +203,10 @@ def plan_nanochat(config: Config, vocab_size: int, sequence_len: int, start: Arc
 
 def plan_gpt2(config: Config, vocab_size: int, sequence_len: int, start: Architecture | None, dtype: str) -> Plan:
     """nanoGPT's architecture and optimizer, from a preset."""
-    if (config.model, config.optim) != (ModelArgs(), OptimConfig()):
-        raise UserError(f"--model and --optim are nanochat's dials: they say nothing to --preset {config.preset}")
+    if (config.model, config.optim, config.ratio) != (ModelArgs(), OptimConfig(), Config.ratio):
+        raise UserError(
+            f"--model, --optim and --ratio are nanochat's dials: they say nothing to --preset {config.preset}"
+        )
     preset = gpt2.PRESETS[config.preset]
     cfg = start or replace(preset.model, vocab_size=vocab_size, sequence_len=sequence_len)
     if not isinstance(cfg, gpt2.GPT2Config):

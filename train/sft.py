@@ -61,7 +61,7 @@ class Config:
     warm: bool = True
     """Go on with the optimizer's moments, where the checkpoint holds them."""
     eval_rows: int = 0
-    """Rows of held-out conversations to measure on during training; 0 for all."""
+    """Rows of held-out conversations to measure on during training, evenly spaced; 0 for all."""
     prompts: tuple[str, ...] = ("Who are you?", "Spell the word garden.", "What is 12 times 7?")
     """Questions whose answers are shown."""
     seed: int = 0

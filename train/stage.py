@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,7 +121,8 @@ class Stage:
     tx: optax.GradientTransformation
     start: Start
     loss_fn: state.LossFn
-    batches: Callable[[int, HostShare], Iterator[Batch]]  # from a step on, a host's share of them
+    # From a step on, a host's share of them, without end; {} while the next one is waited for.
+    batches: Callable[[int, HostShare], Iterator[Batch]]
     steps: int
     rows_per_step: int
     seed: int
@@ -233,7 +234,7 @@ def validation_hook(
     model: tuple[Architecture, Tokenizer, Compute],
     mesh: jax.sharding.Mesh,
 ) -> Hook:
-    """Bits per byte of held-out rows (the first `limit`; 0 for all), in batches of as many as a micro-batch has."""
+    """Bits per byte of held-out rows (`limit` of them; 0 for all), in batches of as many as a micro-batch has."""
     cfg, tokenizer, compute = model
     evaluate = make_evaluator(cfg, tokenizer.byte_lengths, compute, mesh)
 
@@ -262,8 +263,7 @@ def _steps(
     """The whole step, and what to feed it from a step on."""
     rollout = stage.rollout
     if rollout is None:
-        wanted = islice(stage.batches(start, sharding.host_share(mesh)), stage.steps - start)  # none waited for in vain
-        return train_step, _on_device(wanted, mesh, accumulate)
+        return train_step, _on_device(stage.batches(start, sharding.host_share(mesh)), mesh, accumulate)
 
     whole = HostShare(0, 1)  # every process asks the same, and answers with the others
 
@@ -277,9 +277,8 @@ def _steps(
 
 
 def _on_device(batches: Iterator[Batch], mesh: jax.sharding.Mesh, accumulate: int) -> Iterator[state.Batch]:
-    """Batches on the mesh, one ahead of what is used, so that transfer overlaps compute."""
-    placed = (sharding.put_batch(mesh, batch, accumulate) for batch in batches)
-    return (batch for batch, _ in pairwise(chain(placed, [{}])))
+    """Batches on the mesh, one ahead of what is used, so that transfer overlaps compute; {} as it comes."""
+    return (batch for batch, _ in pairwise(sharding.put_batch(mesh, batch, accumulate) for batch in batches))
 
 
 def _restore(checkpoints: Checkpoints, like: state.TrainState, recipe: dict[str, Any]) -> state.TrainState | None:

@@ -86,7 +86,9 @@ def batches(
 def validation_batches(
     rows: Rows, batch_size: int, *, limit: int = 0, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Every row once, or the first `limit`, in order; rows that the last batch lacks have only targets of -1.
+    """Every row once, or `limit` evenly spaced ones, in order; rows that the last batch lacks have targets of -1 alone.
+
+    The first ones would be of the first set of a mixture, or the longest, as rows of conversations are sorted.
 
     Other arguments as for `batches`.
 
@@ -96,7 +98,7 @@ def validation_batches(
     local = rows_per_process(batch_size, process_count)
     count = min(limit or len(rows), len(rows))
     for first in range(process_index * local, process_index * local + count, batch_size):
-        batch = stack([rows.row(min(i, count - 1)) for i in range(first, first + local)])
+        batch = stack([rows.row(min(i, count - 1) * len(rows) // count) for i in range(first, first + local)])
         batch["targets"][max(0, count - first) :] = -1
         yield batch
 

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import grain
 
+from nanochat_jax import hosts
 from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.config import to_json
 from nanochat_jax.data.batches import Batch, NotYetError, Order, Rows, batches, shuffled
@@ -41,18 +43,23 @@ class Corpus:
     order: Callable[[int], Order]  # by seed
     sets: dict[str, tuple[float, int]]  # by name: share of the rows, records; without those still in preparation
 
-    def batches(self, *, batch_size: int, seed: int, start_step: int = 0, **hosts: int) -> Iterator[Batch]:
-        """Training batches as of `batches.batches`; what is still in preparation is waited for."""
+    def batches(self, *, batch_size: int, seed: int, start_step: int = 0, **share: int) -> Iterator[Batch]:
+        """Training batches as of `batches.batches`; {} every so often while the next one is still in preparation."""
         step = start_step
         while True:
-            if isinstance(self.train, Arriving):  # in this thread, where a signal is heard
-                self.train.wait_for((step + 1) * batch_size - 1)
+            if isinstance(self.train, Arriving):
+                yield from ({} for _ in self.train.wait_for((step + 1) * batch_size - 1))
             order = self.order(seed)
-            for batch in batches(self.train, batch_size=batch_size, seed=seed, start_step=step, order=order, **hosts):
+            for batch in batches(self.train, batch_size=batch_size, seed=seed, start_step=step, order=order, **share):
                 if not batch:
                     break
                 yield batch
                 step += 1
+
+    def wait_for(self, rows: int) -> None:
+        """Return when so many rows are prepared, or all are."""
+        if isinstance(self.train, Arriving):
+            deque(self.train.wait_for(rows - 1), maxlen=0)
 
     def epochs(self, rows: int) -> dict[str, float]:
         """How often each set has been read after so many rows."""
@@ -70,7 +77,8 @@ def open_corpus(spec: str | Path, *, window_units: int = 0) -> Corpus:
             everything, which takes a finished set.
 
     Raises:
-        UserError: a set is not prepared, or damaged, or the sets differ in tokenizer or sequence length.
+        UserError: a set is not prepared, or damaged, or the sets differ in tokenizer or sequence length, or the first
+            window holds nothing out.
     """
     spec = str(spec)
     entries = [_WEIGHT.fullmatch(entry.strip()) or entry.strip() for entry in spec.split(",")]
@@ -142,8 +150,13 @@ class Joined:
 def _open_windows(spec: str, folder: Path, window_units: int, tokenizer: Tokenizer) -> Corpus:
     train = Arriving(folder, window_units)
     recipe, units = train.recipe, train.units
-    train.wait_for(0)
+    deque(train.wait_for(0), maxlen=0)
     val = open_shards(folder, "val", recipe, range(min(window_units, units)), units, _digest(to_json(recipe)))
+    if not len(val):
+        raise UserError(
+            f"the first {window_units:,} work units of {folder} hold no record to validate on: choose a larger "
+            "--window-units, or prepare it again with a larger --val-fraction or --unit-bytes"
+        )
     return Corpus(
         spec, tokenizer, recipe.sequence_len, _digest([to_json(recipe), window_units]), train, val, train.order, {}
     )  # fmt: skip
@@ -191,27 +204,37 @@ class Arriving:
         first = window * self._window_units
         return self._starts[first], self._starts[min(first + self._window_units, self.units)]
 
-    def wait_for(self, position: int) -> None:
-        """Return when a position is prepared, or all is.
+    def wait_for(self, position: int) -> Iterator[None]:
+        """Yield before each pause, at first at once, until a position is prepared, or all is.
+
+        The first of several processes looks for all, so that all wait, and yield, alike.
 
         Raises:
             UserError: nobody is at work on it.
         """
         changed = time.monotonic()
         told = False
-        while position >= len(self) and len(self._starts) <= self.units:
+
+        def look() -> list[int]:
             stalled = time.monotonic() - changed > STALLED_SECONDS and not _is_at_work(self._folder)
-            if new := finished_units(self._folder, len(self._starts) - 1):
+            new = finished_units(self._folder, len(self._starts) - 1)
+            if stalled and not new:
+                raise UserError(f"{self._done()}, and nobody is at work on the rest: run train.prepare again")
+            return new
+
+        while position >= len(self) and len(self._starts) <= self.units:
+            if new := hosts.first(look):
                 self._starts += list(accumulate(new, initial=self._starts[-1]))[1:]
                 changed = time.monotonic()
                 continue
-            done = f"{len(self._starts) - 1:,} of {self.units:,} units of {self._folder} are prepared"
-            if stalled:
-                raise UserError(f"{done}, and nobody is at work on the rest: run train.prepare again")
+            yield
             if not told:
-                print(f"{done}; waiting for more", flush=True)
+                print(f"{self._done()}; waiting for more", flush=True)
                 told = True
             time.sleep(POLL_SECONDS)
+
+    def _done(self) -> str:
+        return f"{len(self._starts) - 1:,} of {self.units:,} units of {self._folder} are prepared"
 
 
 def _is_at_work(folder: Path) -> bool:
