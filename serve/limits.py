@@ -93,15 +93,27 @@ class Limiter:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(self._prefix):
             return await self._app(scope, receive, send)
+        seconds, begun = self._clients.limits.request_seconds, False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        limit = asyncio.timeout(seconds or None)
         try:
             self._check_key(dict(scope["headers"]))
             with self._clients.admitted(scope["client"][0] if scope["client"] else ""):
-                async with asyncio.timeout(self._clients.limits.request_seconds or None):
-                    await self._app(scope, receive, send)
+                async with limit:
+                    await self._app(scope, receive, noted)
         except ApiError as error:
             await error.response()(scope, receive, send)
         except TimeoutError:
-            return  # an answer that was begun cannot become an error; the server ends the connection
+            if not limit.expired():
+                raise
+            if not begun:  # otherwise it cannot become an error any more; the server ends the connection
+                late = ApiError(408, f"the answer took longer than {seconds:g} s; ask for a shorter one", "timeout")
+                await late.response()(scope, receive, send)
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:
         if self._key and not hmac.compare_digest(headers.get(b"authorization", b""), self._key):

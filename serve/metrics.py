@@ -77,7 +77,7 @@ class Counted:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        began, status = time.monotonic(), 0
+        began, status = time.monotonic(), 500  # is what the server says where the app says nothing
         path = scope["path"] if scope["path"] in PATHS else "other"
 
         async def noted(message: Message) -> None:

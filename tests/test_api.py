@@ -29,7 +29,7 @@ from nanochat_jax.requests import Output
 from serve import loadtest
 from serve.api import create_app
 from serve.backend import Backend
-from serve.limits import Clients, Limits
+from serve.limits import Clients, Limiter, Limits
 from serve.models import BackendConfig
 
 UNLIMITED = Limits(requests_per_minute=0, concurrent=0)
@@ -359,6 +359,31 @@ def test_who_takes_too_long_to_send_is_told(backend, model):
     body = {"model": model, "messages": HELLO}
     with running(create_app(backend, Clients(Limits(send_seconds=0.2)))) as url, send(url, body, missing=1) as sent:
         assert sent.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_an_answer_that_takes_too_long_is_an_error_unless_it_was_begun(backend, model):
+    body = {"model": model, "messages": HELLO}
+    with running(create_app(backend, Clients(Limits(request_seconds=0.5)))) as url, held(backend.service()):
+        late = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert late.status_code == 408 and "longer than 0.5 s" in late.json()["error"]["message"]
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60)
+        counted = 'nanochat_http_requests_total{path="/v1/chat/completions",status="408"} 1.0'
+        until(lambda: counted in httpx.get(f"{url}/metrics").text)
+    until(lambda: not pending(backend.service()))
+
+
+def test_a_timeout_of_the_server_itself_is_no_limit():
+    async def broken(scope, receive, send) -> None:
+        raise TimeoutError("a disk's")
+
+    async def call() -> None:
+        await Limiter(broken, Clients(Limits()))(
+            {"type": "http", "path": "/v1/", "headers": [], "client": None}, *[None] * 2
+        )
+
+    with pytest.raises(TimeoutError, match="a disk's"):
+        asyncio.run(call())
 
 
 def test_a_client_may_ask_so_much_at_once(backend, model):
