@@ -26,7 +26,7 @@ from nanochat_jax.sampling import Sampling
 from nanochat_jax.streaming import Delta, parts
 from serve.backend import Backend, ChatEvent
 from serve.models import BackendConfig
-from serve.talk import answer, told
+from serve.talk import answer, said, told
 from train import cli
 
 
@@ -171,7 +171,7 @@ def _load(chat: Chat, rest: str) -> None:
         raise UserError("/load: give a file")
     messages = check_conversation(read_json(Path(rest).expanduser()), rest)["messages"]
     first = messages[0]
-    chat.system = str(first["content"]) if first["role"] == "system" else ""
+    chat.system = said(first) if first["role"] == "system" else ""
     chat.turns = messages[1:] if first["role"] == "system" else messages
     note(f"{len(chat.turns)} messages loaded from {rest}")
 

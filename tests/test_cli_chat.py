@@ -189,6 +189,10 @@ def test_commands(runs, warm, tmp_path, capsys, monkeypatch):
     assert chat.system == "be kind" and chat.sampling.temperature == 0
     stored = check_conversation(json.loads(saved.read_text()))
     assert stored["messages"] == chat.messages and chat.turns[0]["content"] == "hello"
+    stored["messages"][0]["content"] = [{"type": "text", "text": "be "}, {"type": "text", "text": "terse"}]
+    saved.write_text(json.dumps(stored))
+    cli.command(chat, f"/load {saved}")
+    assert chat.system == "be terse"
 
 
 def test_mistakes_are_told_and_the_conversation_goes_on(runs, warm, tmp_path, capsys, monkeypatch):
