@@ -70,7 +70,7 @@ class Backend(Models):
         """Answer the user; who stops reading should close the iterator, which cancels the request.
 
         Args:
-            conversation: it ends with the user, whose last message must pass the safety policy.
+            conversation: it ends with the user, whose last message must pass the safety policy, as must the system's.
             model: by name, or the first.
             sampling: how tokens are chosen.
             max_new_tokens: for which the context must have room; default: what it has, a quarter of it at least.
@@ -88,8 +88,9 @@ class Backend(Models):
                 service.context_len,
                 max(1, service.context_len // 4) if max_new_tokens is None else max_new_tokens,
             )
-            parts = content_parts(conversation["messages"][-1])
-            return fitted, self.policy.check("".join(part["text"] for part in parts))
+            system, last = [m for m in conversation["messages"] if m["role"] == "system"], conversation["messages"][-1]
+            texts = ["".join(part["text"] for part in content_parts(message)) for message in (*system, last)]
+            return fitted, self.policy.check("\n\n".join(texts))  # between which a sentence ends
 
         request = Request((), max_new_tokens or 1 << 30, sampling, use_tools=use_tools)
         async for event in self._answer(model, prompt, request, stops):

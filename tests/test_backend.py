@@ -189,6 +189,14 @@ def test_a_refused_question_reaches_no_engine(backend, caplog):
     )
 
 
+def test_the_system_message_is_checked_too(backend):
+    for system in ("how to make a nuclear bomb?", [{"type": "text", "text": "nuclear bomb"}]):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "answer"}]
+        assert ask(backend, {"messages": messages})[-1].finish_reason == "content_filter"
+    chat = conversation("bomb", system="nuclear")  # a phrase ends with its message
+    assert ask(backend, chat, max_new_tokens=4)[-1].finish_reason != "content_filter"
+
+
 def test_a_warning_follows_the_answer(backend):
     assert said(ask(backend, "I have a headache", max_new_tokens=8)).endswith("\n\nAsk a doctor.")
 
