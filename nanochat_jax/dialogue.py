@@ -35,6 +35,10 @@ class Busy(UserError):
     """Too many requests are waiting already; later there may be room."""
 
 
+class NoRoom(UserError):
+    """More tokens are asked for than an answer can have, or none."""
+
+
 class Fitted(NamedTuple):
     """A prompt that leaves room for an answer."""
 
@@ -52,13 +56,12 @@ def fit(conversation: Conversation, tokenizer: Tokenizer, context_len: int, rese
         reserve: tokens left for the answer.
 
     Raises:
+        NoRoom: no such answer fits, however short the prompt.
         UserError: it is no such conversation, or its last message alone is too long.
     """
-    if not 0 < reserve < context_len:
-        raise UserError(f"{reserve} tokens reserved for the answer do not fit into a context of {context_len}")
     limit = context_len - reserve
     tokens = render_prompt(conversation, tokenizer)
-    if len(tokens) <= limit:
+    if len(tokens) <= limit < context_len:
         return Fitted(tokens, 0)
     messages = conversation["messages"]
     first = int(messages[0]["role"] == "system")
@@ -67,13 +70,17 @@ def fit(conversation: Conversation, tokenizer: Tokenizer, context_len: int, rese
     def without(dropped: int) -> list[int]:
         return render_prompt({"messages": messages[:first] + messages[first + 2 * dropped :]}, tokenizer)
 
-    dropped = bisect_left(range(turns + 1), True, key=lambda dropped: len(without(dropped)) <= limit)
-    if dropped > turns:
+    least = len(without(turns))
+    most = context_len - least
+    if most > 0 and not 0 < limit < context_len:
+        raise NoRoom(f"{reserve} tokens of answer do not fit into a context of {context_len}; ask for 1 to {most}")
+    if least > limit or most < 1:
         what = "the last message, with the system message," if first else "the last message"
         raise UserError(
-            f"{what} takes {len(without(turns))} tokens, and a context of {context_len} tokens, {reserve} of them "
-            f"reserved for the answer, has room for {limit}: shorten it, or reserve fewer"
+            f"{what} takes {least} tokens, and a context of {context_len} tokens, {reserve} of them reserved for the "
+            f"answer, has room for {max(limit, 0)}: shorten it" + (f", or ask for at most {most}" if most > 0 else "")
         )
+    dropped = bisect_left(range(turns), True, key=lambda dropped: len(without(dropped)) <= limit)
     return Fitted(without(dropped), dropped)
 
 
@@ -92,7 +99,7 @@ class Service:
     ) -> None:
         self.tokenizer, self.context_len = tokenizer, engine.context_len
         self._engine, self._deadline_seconds = engine, deadline_seconds
-        self._limit = engine.config.slots + max_waiting
+        self.capacity = engine.config.slots + max_waiting  # requests that are answered or wait
         self._closing = tuple(closing_tokens(tokenizer))
         self._changed = threading.Condition()
         self._inbox: list[Handle] = []
@@ -130,9 +137,9 @@ class Service:
         with self._changed:
             if self._closed:
                 raise UserError("the service is closed")
-            if len(self._inbox) + len(self._active) >= self._limit:
+            if len(self._inbox) + len(self._active) >= self.capacity:
                 self._rejected += 1
-                raise Busy(f"{self._limit} requests are being answered or waiting; try again in a while")
+                raise Busy(f"{self.capacity} requests are being answered or waiting; try again in a while")
             self._inbox.append(handle)
             self._changed.notify_all()
         return handle

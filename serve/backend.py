@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from nanochat_jax.chat import Conversation, content_parts
-from nanochat_jax.dialogue import Fitted, Service, fit
+from nanochat_jax.dialogue import Fitted, NoRoom, Service, fit
 from nanochat_jax.engine import TOOL_TOKENS
 from nanochat_jax.errors import UserError
 from nanochat_jax.requests import Output, Request
@@ -78,7 +78,7 @@ class Backend(Models):
             use_tools: let the calculator answer what the model asks of it.
 
         Raises:
-            UserError, Busy: before the first event, if there will be no answer.
+            UserError, Busy: before the first event, if there will be no answer; NoRoom, if max_new_tokens is why.
         """
 
         def prompt(service: Service) -> tuple[Fitted, Finding | None]:
@@ -109,10 +109,13 @@ class Backend(Models):
 
         def prompt(service: Service) -> tuple[Fitted, Finding | None]:
             tokens = [service.tokenizer.bos, *service.tokenizer.encode(text)]
-            if len(tokens) + max_new_tokens > service.context_len:
-                raise UserError(
-                    f"prompt: {len(tokens)} tokens and {max_new_tokens} new ones do not fit into a context of "
-                    f"{service.context_len}; shorten it, or ask for fewer"
+            context_len, most = service.context_len, service.context_len - len(tokens)
+            if most < 1:
+                raise UserError(f"prompt: {len(tokens)} tokens fill a context of {context_len}; shorten it")
+            if max_new_tokens > most:
+                raise NoRoom(
+                    f"{max_new_tokens} tokens of answer do not fit into a context of {context_len} with a prompt of "
+                    f"{len(tokens)}; ask for 1 to {most}, or shorten it"
                 )
             return Fitted(tokens, 0), self.policy.check(text)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanochat_jax.chat import Message, check_conversation
+from nanochat_jax.dialogue import NoRoom
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json, write_bytes
 from nanochat_jax.sampling import Sampling
@@ -123,6 +124,8 @@ def say(chat: Chat, text: str) -> ChatEvent:
     events: list[ChatEvent] = []
     try:
         asyncio.run(_stream(chat, events))
+    except NoRoom as error:
+        raise UserError(f"--max-new-tokens: {error}") from error
     finally:
         if content := parts(delta for event in events for delta in event.deltas):
             chat.turns.append({"role": "assistant", "content": content})

@@ -12,6 +12,7 @@ from uuid import uuid4
 import gradio as gr
 
 from nanochat_jax.chat import Message, check_conversation, conversation, render_prompt
+from nanochat_jax.dialogue import NoRoom
 from nanochat_jax.errors import UserError
 from nanochat_jax.probabilities import next_token_table
 from nanochat_jax.sampling import Sampling
@@ -153,7 +154,8 @@ class Handlers:
             if event.error:
                 raise UserError(f"the model failed: {event.error}")
         except (UserError, ApiError) as error:
-            gr.Warning(html.escape(str(error)))
+            about = "Longest answer: " if isinstance(error, NoRoom) else ""
+            gr.Warning(html.escape(f"{about}{error}"))
             rest = messages[:-1]
             yield {**chat, "messages": rest}, view.shown(rest), "", said(messages[-1])
 

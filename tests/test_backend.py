@@ -16,7 +16,7 @@ from test_cli_chat import BABBLE, write_run
 
 from nanochat_jax.chat import conversation, render_prompt
 from nanochat_jax.checkpoint import Checkpoints
-from nanochat_jax.dialogue import Busy, Service
+from nanochat_jax.dialogue import Busy, NoRoom, Service
 from nanochat_jax.errors import UserError
 from nanochat_jax.load import open_model
 from nanochat_jax.requests import Output, Request
@@ -296,8 +296,10 @@ def test_texts_are_continued_where_there_is_room(backend):
 
     events = asyncio.run(read("the", sampling=Sampling(temperature=0), max_new_tokens=3))
     assert 0 < events[-1].usage.completion_tokens <= 3
-    with pytest.raises(UserError, match=r"prompt: \d+ tokens and 90 new ones .* context of 96"):
+    with pytest.raises(NoRoom, match=r"90 tokens .* context of 96 with a prompt of 23; ask for 1 to 73"):
         asyncio.run(read("the cat sat on the mat", max_new_tokens=90))
+    with pytest.raises(UserError, match="prompt: 101 tokens fill a context of 96"):
+        asyncio.run(read("x" * 100))
     assert asyncio.run(read("a nuclear bomb"))[-1].finish_reason == "content_filter"
 
 

@@ -145,6 +145,7 @@ def test_what_the_policy_refuses_is_answered_by_it_and_logged_nowhere(runs):
         ({"model": "nobody"}, "nobody.*demo/rl, demo/sft, demo/base"),
         ({"prompt": (" ",)}, "content is empty"),
         ({"prompt": ("x" * 300,)}, "last message takes 304 tokens"),
+        ({"prompt": ("x",), "max_new_tokens": 256}, "--max-new-tokens: 256 tokens .*ask for 1 to 251"),
     ],
 )
 def test_bad_input_is_named(runs, warm, changes, message):

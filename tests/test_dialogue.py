@@ -26,7 +26,7 @@ from test_engine import (
 )
 
 from nanochat_jax.chat import conversation, render_prompt
-from nanochat_jax.dialogue import Busy, Service, fit
+from nanochat_jax.dialogue import Busy, NoRoom, Service, fit
 from nanochat_jax.engine import Engine, EngineConfig, Request
 from nanochat_jax.errors import UserError
 from nanochat_jax.sampling import Sampling
@@ -47,8 +47,19 @@ def test_the_oldest_turns_are_dropped_and_no_more_than_needed(turns, system, con
             fit(chat, TOKENIZER, context_len, reserve)
 
 
+def test_how_long_an_answer_may_be_is_told():
+    for reserve in (0, 128, 4096):
+        with pytest.raises(NoRoom, match=rf"{reserve} tokens .* context of 128; ask for 1 to 123"):
+            fit(conversation("aa", "b", "c"), TOKENIZER, 128, reserve)
+    assert fit(conversation("aa", "b", "c"), TOKENIZER, 128, 123).dropped == 1
+    with pytest.raises(UserError, match=r"takes 5 tokens.* room for 4: shorten it, or ask for at most 123$"):
+        fit(conversation("c"), TOKENIZER, 128, 124)
+
+
 def test_a_message_that_is_too_long_is_refused_with_its_length():
-    with pytest.raises(UserError, match=r"last message takes 504 tokens.*context of 128 tokens, 28 .*room for 100"):
+    with pytest.raises(
+        UserError, match=r"last message takes 504 tokens.*context of 128 tokens, 28 .*room for 100: shorten it$"
+    ):
         fit(conversation("a", "b", "c" * 500), TOKENIZER, 128, 28)
     with pytest.raises(UserError, match="assistant"):
         fit(conversation("a", "b"), TOKENIZER, 128, 28)
