@@ -49,7 +49,7 @@ class Answer:
     """
 
     def __init__(self, kind: Kind, model: ModelInfo, streams: Sequence[Events], prompts: int = 1) -> None:
-        self._kind, self._streams, self._prompts = kind, streams, prompts
+        self._kind, self.streams, self._prompts = kind, streams, prompts
         self._head = {
             "id": f"{kind.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -64,14 +64,14 @@ class Answer:
             UserError, Busy: what the backend raises.
         """
         try:
-            return list(await asyncio.gather(*(anext(stream) for stream in self._streams)))
+            return list(await asyncio.gather(*(anext(stream) for stream in self.streams)))
         except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
         """Cancel what has not ended."""
-        for stream in self._streams:
+        for stream in self.streams:
             with suppress(RuntimeError):  # it is being closed already
                 await stream.aclose()
 
@@ -112,14 +112,14 @@ class Answer:
 
         async def pump(index: int) -> None:
             try:
-                async for event in self._streams[index]:
+                async for event in self.streams[index]:
                     events.put_nowait((index, event))
             except Exception as error:
                 events.put_nowait((index, error))
 
         for numbered in enumerate(first):
             events.put_nowait(numbered)
-        tasks = [asyncio.create_task(pump(index)) for index in range(len(self._streams))]
+        tasks = [asyncio.create_task(pump(index)) for index in range(len(self.streams))]
         going = len(tasks)
         try:
             while going:

@@ -17,6 +17,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from nanochat_jax.dialogue import Busy
+from nanochat_jax.dialogue import Busy, NoRoom
 from nanochat_jax.errors import UserError
 from nanochat_jax.sampling import Sampling
 from serve.answers import CHAT, COMPLETION, Answer, Events, EventStream, unless_gone
@@ -108,9 +109,16 @@ def _routes(backend: Backend, metrics: Metrics) -> APIRouter:
     async def respond(
         body: ChatRequest | CompletionRequest, answer: Answer, model: ModelInfo, top: int | None
     ) -> Response:
-        loaded = await asyncio.to_thread(backend.loaded, model.name)
-        first = await answer.begin()
-        choices = [Choice(index, loaded.tokenizer, top) for index in range(len(first))]
+        loaded, count = await backend.ready(model.name), len(answer.streams)
+        if count > loaded.service.capacity:  # which no waiting would change
+            message = f"n: {count} choices are more than the {loaded.service.capacity} this server can hold at once"
+            raise ApiError(400, f"{message}; ask for fewer", param="n")
+        try:
+            first = await answer.begin()
+        except NoRoom as error:
+            field = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens"
+            raise ApiError(400, f"{field}: {error}", param=field) from error
+        choices = [Choice(index, loaded.model.tokenizer, top) for index in range(len(first))]
         if body.stream:
             return EventStream(answer, answer.chunks(choices, first, body.include_usage))
         return await answer.whole(choices, first)
@@ -124,8 +132,11 @@ def _routes(backend: Backend, metrics: Metrics) -> APIRouter:
         return Response(metrics.page(), media_type="text/plain; version=0.0.4")
 
     @router.get("/v1/models")
+    @router.get("/v1/models/", include_in_schema=False)
     async def list_models() -> dict[str, Any]:
-        models = await asyncio.to_thread(backend.models)
+        models = list[ModelInfo]()
+        with suppress(UserError):  # there is none
+            models = await asyncio.to_thread(backend.models)
         return {"object": "list", "data": [_model_object(model) for model in models]}
 
     @router.get("/v1/models/{name:path}")

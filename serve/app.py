@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanochat_jax.errors import UserError
 from serve import api, view
 from serve.backend import Backend
+from serve.feedback import Ratings
 from serve.handlers import Handlers
 from serve.limits import BodyLimit, Clients, Limits
 from serve.models import BackendConfig
@@ -40,6 +41,9 @@ EXAMPLES = ("Who are you?", "Spell the word garden.", "What is 12 times 7?", "Ho
 IN_SPACE = "SPACE_ID" in os.environ  # of Hugging Face, who show the page in a frame of theirs, by way of a proxy
 # The browser fetches nothing from elsewhere, whatever a model writes; Gradio itself needs inline code.
 CONTENT_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors"
+# From where a Space's proxy comes. What it says of a client is believed up to the last address that is none of these:
+# "*" would believe all that a client says of itself.
+PROXIES = "10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,172.16.0.0/12,192.168.0.0/16,::1,fc00::/7"
 API_PATHS = ("/v1/", "/healthz", "/metrics", "/openapi.json")
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # of events
 EVENTS_AT_ONCE = 256  # of all visitors; how many answers there are at once is up to the backend
@@ -109,7 +113,7 @@ def _chat(
     handlers: Handlers, page: gr.Blocks, model: gr.Dropdown, new: gr.Button, history: gr.Radio, delete: gr.Button
 ) -> None:
     """The conversation, its settings, and what happens to it."""
-    chat, found, ratings = gr.JSON(visible=False), gr.JSON(visible=False), gr.State([])
+    chat, found, ratings = gr.JSON(visible=False), gr.JSON(visible=False), gr.State(Ratings([], []))
     typed = gr.Textbox(visible=False)  # Gradio keeps a copy of the box for each event that reads and then changes it
     chatbot = gr.Chatbot(
         elem_id="chat",
@@ -202,6 +206,7 @@ def _tokens(handlers: Handlers, model: gr.Dropdown) -> None:
         handlers.tokenise,
         [text, model, as_chat],
         [tokens, rows, position, likeliest],
+        concurrency_limit=1,  # each is a pass through the model that no slot holds back
         api_visibility="private",
     )
     tokens.select(handlers.pick, None, position, queue=False, **QUIET)
@@ -254,7 +259,7 @@ def launch(config: Config, backend: Backend) -> gr.Blocks:
 def main(config: Config) -> None:
     """Serve until a signal comes."""
     if IN_SPACE:
-        os.environ.setdefault("FORWARDED_ALLOW_IPS", "*")  # clients are told by what the proxy says; uvicorn reads it
+        os.environ.setdefault("FORWARDED_ALLOW_IPS", PROXIES)  # uvicorn reads it
     backend, stop = Backend(config.backend), threading.Event()
     page = launch(config, backend)
     for number in (signal.SIGINT, signal.SIGTERM):

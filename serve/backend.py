@@ -28,7 +28,7 @@ Reason = Ended | Literal["content_filter"]
 NOTHING = Output(-1)
 DEFAULT_SAMPLING = Sampling()
 
-WORKERS = 16  # threads that load models and tokenise prompts
+WORKERS = 16  # threads that tokenise prompts
 
 
 @dataclass(frozen=True)
@@ -129,22 +129,16 @@ class Backend(Models):
         request: Request,
         stops: Sequence[str],
     ) -> AsyncGenerator[ChatEvent]:
-        def submit() -> tuple[Handle, int, Finding | None]:
-            while True:
-                service = self.service(model)
-                (tokens, dropped), finding = prompt(service)
-                has_tools = set(TOOL_TOKENS) <= set(service.tokenizer.control)
-                asked = replace(request, prompt=tokens, use_tools=request.use_tools and has_tools)
-                if finding and finding.action == "refuse":
-                    raise _Refused(finding, len(tokens))
-                try:
-                    return service.submit(asked, stops=stops), dropped, finding
-                except UserError:
-                    if service is self.service(model):  # otherwise it had to go for another, just now
-                        raise
+        def submit(service: Service) -> tuple[Handle, int, Finding | None]:
+            (tokens, dropped), finding = prompt(service)
+            has_tools = set(TOOL_TOKENS) <= set(service.tokenizer.control)
+            asked = replace(request, prompt=tokens, use_tools=request.use_tools and has_tools)
+            if finding and finding.action == "refuse":
+                raise _Refused(finding, len(tokens))
+            return service.submit(asked, stops=stops), dropped, finding
 
         try:
-            handle, dropped, finding = await self._submitted(submit)
+            handle, dropped, finding = await self._submitted(model, submit)
         except _Refused as refused:
             say, usage = refused.finding.say, Usage(refused.prompt_tokens, 0, None, 0.0)
             yield ChatEvent((Delta(0, "text", say),), finish_reason="content_filter", usage=usage, refusal=say)
@@ -166,17 +160,22 @@ class Backend(Models):
             handle.cancel()
 
     async def _submitted(
-        self, submit: Callable[[], tuple[Handle, int, Finding | None]]
+        self, model: str, submit: Callable[[Service], tuple[Handle, int, Finding | None]]
     ) -> tuple[Handle, int, Finding | None]:
         """Off the event loop; where the caller leaves meanwhile, the request is cancelled as soon as there is one."""
-        future = self._pool.submit(submit)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            future.add_done_callback(
-                lambda done: None if done.cancelled() or done.exception() else done.result()[0].cancel()
-            )
-            raise
+        while True:
+            service = (await self.ready(model)).service
+            future = self._pool.submit(submit, service)
+            try:
+                return await asyncio.wrap_future(future)
+            except UserError:
+                if service is (await self.ready(model)).service:  # otherwise it had to go for another, just now
+                    raise
+            except asyncio.CancelledError:
+                future.add_done_callback(
+                    lambda done: None if done.cancelled() or done.exception() else done.result()[0].cancel()
+                )
+                raise
 
 
 class _Refused(Exception):

@@ -4,9 +4,11 @@ import fcntl
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nanochat_jax.chat import Message, Part
+from nanochat_jax.data.preference import read_pair
+from nanochat_jax.data.rows import Row
 from nanochat_jax.errors import UserError
 
 
@@ -18,31 +20,44 @@ class Rating(NamedTuple):
     liked: bool | None  # None takes an earlier one back
 
 
-def rate(ratings: Sequence[Rating], new: Rating) -> tuple[list[Rating], list[dict[str, object]]]:
+class Ratings(NamedTuple):
+    """Those of one visitor, and all pairs that came of them: who changes their mind again makes none again."""
+
+    current: list[Rating]
+    pairs: list[dict[str, Any]]
+
+
+def rate(ratings: Ratings, new: Rating) -> Ratings:
     """Take a rating in.
 
     Args:
-        ratings: those before, of one visitor.
+        ratings: those before.
         new: it replaces an earlier one of the same answer to the same prompt.
 
     Returns:
-        All ratings, and what is new: a pair for each answer to the same prompt that was rated otherwise.
+        All ratings, and at the end of the pairs a new one for each answer to the same prompt that is rated otherwise.
     """
-    if new in ratings:
-        return list(ratings), []
-    others = [old for old in ratings if (old.prompt, old.answer) != (new.prompt, new.answer)]
+    others = [old for old in ratings.current if (old.prompt, old.answer) != (new.prompt, new.answer)]
     if new.liked is None:
-        return others, []
-    pairs: list[dict[str, object]] = []
+        return Ratings(others, ratings.pairs)
+    pairs = list(ratings.pairs)
     for old in others:
         if old.prompt == new.prompt and old.liked != new.liked:
             chosen, rejected = (new, old) if new.liked else (old, new)
-            pairs.append({"prompt": new.prompt, "chosen": chosen.answer, "rejected": rejected.answer})
-    return [*others, new], pairs
+            pair = {"prompt": new.prompt, "chosen": chosen.answer, "rejected": rejected.answer}
+            if pair not in pairs:
+                pairs.append(pair)
+    return Ratings([*others, new], pairs)
 
 
-def append_pairs(path: Path, pairs: Sequence[dict[str, object]]) -> None:
-    """Append lines, whole ones even where several processes write; UserError if the file cannot be written."""
+def append_pairs(path: Path, pairs: Sequence[dict[str, Any]]) -> None:
+    """Append lines, whole ones even where several processes write.
+
+    Raises:
+        UserError: the file cannot be written, or one of them is no pair to learn from, which would spoil the file.
+    """
+    for pair in pairs:
+        read_pair(Row("this rating", pair))
     lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,12 @@ import gradio as gr
 from nanochat_jax.chat import Message, check_conversation, conversation, render_prompt
 from nanochat_jax.dialogue import NoRoom
 from nanochat_jax.errors import UserError
-from nanochat_jax.probabilities import next_token_table
+from nanochat_jax.probabilities import NextTokens, next_token_table
 from nanochat_jax.sampling import Sampling
 from nanochat_jax.streaming import Delta, parts
 from serve import view
 from serve.backend import Backend
-from serve.feedback import Rating, append_pairs, rate
+from serve.feedback import Rating, Ratings, append_pairs, rate
 from serve.limits import Clients
 from serve.schemas import ApiError
 from serve.talk import answer, said, told
@@ -52,7 +52,7 @@ def telling() -> Iterator[None]:
     """Tell the visitor what can be mended, as text."""
     try:
         yield
-    except UserError as error:
+    except (UserError, ApiError) as error:
         raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
 
@@ -140,7 +140,7 @@ class Handlers:
                 max_new_tokens=int(limit) or None,
                 use_tools=use_tools,
             )
-            with self.clients.admitted(request.client.host if request.client else ""):
+            with self.clients.admitted(_address(request)):
                 async with aclosing(events):
                     async for event in events:
                         deltas += event.deltas
@@ -179,28 +179,36 @@ class Handlers:
         """The conversations that the browser keeps, by their first words."""
         return gr.Radio(choices=[(view.title(text), name) for text, name in found or []], value=None)
 
-    def like(self, chat: Chat, ratings: list[Rating], event: gr.LikeData) -> list[Rating]:
+    async def like(self, chat: Chat, ratings: Ratings, event: gr.LikeData, request: gr.Request) -> Ratings:
         """Remember a rating for as long as the page is open; with an opposite one of the same message, keep a pair."""
         assert self.feedback
-        with telling():
+        with telling(), self.clients.admitted(_address(request)):
             messages = messages_of(chat)
             number = _number(messages, event.index)
+            if messages[number]["role"] != "assistant":
+                raise UserError("only answers can be rated")
             liked = event.liked if isinstance(event.liked, bool) else None
-            ratings, pairs = rate(ratings, Rating(messages[:number], messages[number]["content"], liked))
-            if pairs:
-                append_pairs(self.feedback, pairs)
-            return ratings
+            rated = rate(ratings, Rating(messages[:number], messages[number]["content"], liked))
+            if new := rated.pairs[len(ratings.pairs) :]:
+                await asyncio.to_thread(append_pairs, self.feedback, new)
+            return rated
 
-    async def tokenise(self, text: str | None, model: str | None, as_chat: bool) -> tuple[Any, ...]:
+    async def tokenise(
+        self, text: str | None, model: str | None, as_chat: bool, request: gr.Request
+    ) -> tuple[Any, ...]:
         """A text's tokens, and for each the likeliest that follow."""
-        with telling():
-            loaded = await asyncio.to_thread(self.backend.loaded, model or "")
-            tokenizer, text = loaded.tokenizer, text or ""
-            if as_chat and self.backend.find(model or "").is_chat:
-                tokens = render_prompt(conversation(text), tokenizer)
-            else:
-                tokens = [tokenizer.bos, *tokenizer.encode(text)]
-            table = await asyncio.to_thread(next_token_table, loaded.params, loaded.cfg, tokens, compute=loaded.compute)
+        with telling(), self.clients.admitted(_address(request)):
+            info, loaded, _ = await self.backend.ready(model or "")
+            tokenizer = loaded.tokenizer
+
+            def read() -> tuple[list[int], NextTokens]:
+                if as_chat and info.is_chat:
+                    tokens = render_prompt(conversation(text or ""), tokenizer)
+                else:
+                    tokens = [tokenizer.bos, *tokenizer.encode(text or "")]
+                return tokens, next_token_table(loaded.params, loaded.cfg, tokens, compute=loaded.compute)
+
+            tokens, table = await asyncio.to_thread(read)
         rows = [view.likeliest(table, position, tokenizer) for position in range(len(tokens))]
         slider = gr.Slider(1, max(2, len(tokens)), len(tokens), visible=len(tokens) > 1)
         return view.coloured(tokens, table, tokenizer), rows, slider, rows[-1]
@@ -210,6 +218,10 @@ class Handlers:
 
     def expected(self, rows: list[dict[str, float]], position: int) -> Any:
         return rows[int(position) - 1] if 0 < position <= len(rows) else gr.skip()
+
+
+def _address(request: gr.Request) -> str:
+    return request.client.host if request.client else ""
 
 
 def _without_answer(messages: list[Message]) -> list[Message]:

@@ -24,7 +24,7 @@ class Limits:
     body_bytes: int = 1 << 20
     """Size of a request."""
     requests_per_minute: int = 240
-    """Rate of requests, or of messages in the app; a client that was quiet may send as many at once."""
+    """Rate of requests; in the app, of messages, ratings and looks at tokens. A quiet one may send as many at once."""
     concurrent: int = 32
     """Requests that are being answered."""
     send_seconds: float = 30

@@ -1,8 +1,10 @@
 """The models that can be served: found below a folder, loaded when asked for, let go for others."""
 
+import asyncio
 import logging
 import threading
 from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -68,8 +70,10 @@ class ModelInfo:
     saved: float  # seconds since the epoch
 
 
-class _Loaded(NamedTuple):
-    name: str
+class Loaded(NamedTuple):
+    """A model in memory, and what answers with it."""
+
+    info: ModelInfo
     model: LoadedModel
     service: Service
 
@@ -81,8 +85,11 @@ class Models:
         self.config = config
         self._folders: dict[str, Path] = {}  # that were looked into, by the model's name
         self._seen: dict[tuple[Path, int, float], ModelInfo | None] = {}
-        self._loaded: OrderedDict[tuple[Path, int], _Loaded] = OrderedDict()  # used longest ago first
-        self._lock, self._loading = threading.Lock(), threading.Lock()
+        # Loaded or being loaded, by folder and step, used longest ago first. All wait for one future, which an event
+        # loop can do without a thread: otherwise those who wait for a model would keep the threads of all others.
+        self._loaded: OrderedDict[tuple[Path, int], Future[Loaded]] = OrderedDict()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._lock, self._looking = threading.Lock(), threading.Lock()
 
     def models(self) -> list[ModelInfo]:
         """The models there are, with the newest good checkpoint of each: the last stages first, of these the newest.
@@ -120,21 +127,23 @@ class Models:
             UserError: there is no such model, or it cannot be loaded.
             Busy: it is not loaded, and none of those that are can go, since all have requests.
         """
-        return self._load(name).service
+        return self._future(name).result().service
 
-    def loaded(self, name: str = "") -> LoadedModel:
-        """A model's parameters and tokenizer; raises what `service` raises."""
-        return self._load(name).model
+    async def ready(self, name: str = "") -> Loaded:
+        """A model, loaded as `service` does it, which raises the same; whoever waits holds no thread."""
+        future = await asyncio.to_thread(self._future, name)
+        return await asyncio.shield(asyncio.wrap_future(future))  # it is not cancelled with one of those who wait
 
     def stats(self) -> dict[str, dict[str, object]]:
         """`Service.stats` of each loaded model, by name."""
         with self._lock:
-            return {entry.name: entry.service.stats() for entry in self._loaded.values()}
+            return {entry.info.name: entry.service.stats() for entry in self._entries().values()}
 
     def close(self) -> None:
         """Cancel all requests and let go of all models."""
-        with self._loading, self._lock:
-            for entry in self._loaded.values():
+        self._loader.shutdown(cancel_futures=True)
+        with self._lock:
+            for entry in self._entries().values():
                 entry.service.close()
             self._loaded.clear()
 
@@ -148,47 +157,51 @@ class Models:
             saved = (folder / "checkpoints" / str(step)).stat().st_mtime
             key = folder, step, saved
             if key not in self._seen:
-                self._seen[key] = None
-                stored = open_model(folder)
-                stage = stored.checkpoint.meta["stage"]
-                is_chat = stage != "pretrain" and "<|assistant_start|>" in stored.tokenizer.control
-                self._seen[key] = ModelInfo(name, folder, stage, stored.checkpoint.step, is_chat, saved)
+                with self._looking:
+                    if key not in self._seen:
+                        self._seen[key] = _described(name, folder, saved)
             return self._seen[key]
-        except (UserError, OSError) as error:  # OSError: a trainer tidied it away just now
-            log.warning("%s is not offered: %s", folder, error)
+        except OSError as error:  # a trainer tidied it away just now, or the disk is back soon
+            log.warning("%s is not offered for now: %s", folder, error)
             return None
 
-    def _load(self, name: str) -> _Loaded:
+    def _future(self, name: str) -> Future[Loaded]:
         info = self.find(name)
         key = info.folder, info.step
-        if entry := self._touch(key):
-            return entry
-        with self._loading:
-            if entry := self._touch(key):
-                return entry
+        with self._lock:
+            if key not in self._loaded:
+                self._loaded[key] = self._loader.submit(self._load, info)
+            self._loaded.move_to_end(key)
+            return self._loaded[key]
+
+    def _load(self, info: ModelInfo) -> Loaded:
+        try:
             self._make_room()
             log.info("loading %s, step %d", info.name, info.step)
-            entry = self._serve(info.name, load_model(info.folder))
-            with self._lock:
-                self._loaded[key] = entry
-            return entry
+            model = load_model(info.folder)
+            return Loaded(info, model, self._serve(model))
+        except BaseException:
+            with self._lock:  # who asks next tries again
+                del self._loaded[info.folder, info.step]
+            raise
 
-    def _touch(self, key: tuple[Path, int]) -> _Loaded | None:
-        with self._lock:
-            if key in self._loaded:
-                self._loaded.move_to_end(key)
-            return self._loaded.get(key)
+    def _entries(self) -> dict[tuple[Path, int], Loaded]:
+        done = {key: future for key, future in self._loaded.items() if future.done() and not future.cancelled()}
+        return {key: future.result() for key, future in done.items()}
 
     def _make_room(self) -> None:
-        while len(self._loaded) >= self.config.max_loaded:
+        while True:
             with self._lock:
-                idle = [key for key, entry in self._loaded.items() if not _has_requests(entry.service)]
+                entries = self._entries()
+                if len(entries) < self.config.max_loaded:
+                    return
+                idle = [key for key, entry in entries.items() if not _has_requests(entry.service)]
                 if not idle:
-                    raise Busy(f"{len(self._loaded)} models are loaded and busy; try again in a while")
-                gone = self._loaded.pop(idle[0])
-            gone.service.close()
+                    raise Busy(f"{len(entries)} models are loaded and busy; try again in a while")
+                del self._loaded[idle[0]]
+            entries[idle[0]].service.close()
 
-    def _serve(self, name: str, loaded: LoadedModel) -> _Loaded:
+    def _serve(self, loaded: LoadedModel) -> Service:
         has_tools = set(TOOL_TOKENS) <= set(loaded.tokenizer.control)
         config = EngineConfig(
             slots=self.config.slots,
@@ -207,13 +220,23 @@ class Models:
             compute=loaded.compute,
         )
         engine.warm_up()
-        service = Service(
+        return Service(
             engine,
             loaded.tokenizer,
             max_waiting=self.config.max_waiting,
             deadline_seconds=self.config.deadline_seconds,
         )
-        return _Loaded(name, loaded, service)
+
+
+def _described(name: str, folder: Path, saved: float) -> ModelInfo | None:
+    try:
+        stored = open_model(folder)
+    except UserError as error:
+        log.warning("%s is not offered: %s", folder, error)
+        return None
+    stage = stored.checkpoint.meta["stage"]
+    is_chat = stage != "pretrain" and "<|assistant_start|>" in stored.tokenizer.control
+    return ModelInfo(name, folder, stage, stored.checkpoint.step, is_chat, saved)
 
 
 def _has_requests(service: Service) -> bool:

@@ -1,6 +1,8 @@
 """What app and terminal have in common: how they ask, and what they tell of an answer besides its text."""
 
+import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from nanochat_jax.chat import Conversation, Message, content_parts, visible_text
 from nanochat_jax.sampling import Sampling
@@ -16,7 +18,7 @@ ENDS = {
 }
 
 
-def answer(
+async def answer(
     backend: Backend,
     conversation: Conversation,
     *,
@@ -26,12 +28,16 @@ def answer(
     use_tools: bool = True,
 ) -> AsyncGenerator[ChatEvent]:
     """`backend.chat`; of a model that knows no turns, how the last message goes on."""
-    if backend.find(model).is_chat:
-        return backend.chat(
+    if (await asyncio.to_thread(backend.find, model)).is_chat:
+        events = backend.chat(
             conversation, model=model, sampling=sampling, max_new_tokens=max_new_tokens, use_tools=use_tools
         )
-    text, limit = said(conversation["messages"][-1]), max_new_tokens or CONTINUATION
-    return backend.complete(text, model=model, sampling=sampling, max_new_tokens=limit)
+    else:
+        text, limit = said(conversation["messages"][-1]), max_new_tokens or CONTINUATION
+        events = backend.complete(text, model=model, sampling=sampling, max_new_tokens=limit)
+    async with aclosing(events):
+        async for event in events:
+            yield event
 
 
 def said(message: Message) -> str:

@@ -98,8 +98,16 @@ def test_models_are_listed(client, model, url):
     assert client.models.retrieve(model).model_extra["stage"] == "sft"
     with pytest.raises(openai.NotFoundError, match="unknown model 'gpt-9'"):
         client.models.retrieve("gpt-9")
+    assert httpx.get(f"{url}/v1/models/").json() == httpx.get(f"{url}/v1/models").json()
     health = httpx.get(f"{url}/healthz").json()
     assert health["status"] == "ok" and model in health["loaded"]
+
+
+def test_where_there_is_no_model_the_list_is_empty(tmp_path):
+    with running(create_app(Backend(BackendConfig(runs=tmp_path)), Clients(UNLIMITED))) as url:
+        listed = httpx.get(f"{url}/v1/models")
+        assert (listed.status_code, listed.json()["data"]) == (200, [])
+        assert httpx.get(f"{url}/v1/models/demo/rl").status_code == 404
 
 
 def test_chat_is_the_same_whole_and_streamed(client, model, backend):
@@ -198,7 +206,7 @@ BAD = {
     "n": ({"n": 10_000}, "n: .*8"),
     "top_p": ({"top_p": 0}, "top_p"),
     "max_tokens": ({"max_tokens": 0}, "max_tokens"),
-    "too many tokens": ({"max_tokens": 128}, "context of 128"),
+    "too many tokens": ({"max_tokens": 128}, "^max_tokens: 128 tokens .* context of 128; ask for 1 to 113$"),
     "too long": ({"messages": [{"role": "user", "content": "word " * 500}]}, "the last message takes"),
     "seed": ({"seed": 2**70}, "seed"),
     "stop": ({"stop": ["x"] * 17}, "stop: "),
@@ -224,6 +232,21 @@ def test_bad_requests_are_told_what_is_wrong(post, fields, message):
     error = response.json()["error"]
     assert response.status_code == 400 and set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error" and re.search(message, error["message"]), error
+
+
+def test_more_than_a_context_or_a_queue_can_hold_is_told_by_its_field(post, backend, model):
+    for path, fields in {"chat/completions": {"messages": HELLO}, "completions": {"prompt": "the"}}.items():
+        error = post(path, max_tokens=4096, **fields).json()["error"]
+        assert error["param"] == "max_tokens" and "ask for 1 to 1" in error["message"]
+    error = post(messages=HELLO, max_completion_tokens=4096).json()["error"]
+    assert error["param"] == "max_completion_tokens" and error["message"].startswith("max_completion_tokens: 4096")
+    few = Backend(replace(backend.config, slots=1, max_waiting=2))
+    with running(create_app(few, Clients(UNLIMITED))) as url:
+        body = {"model": model, "messages": HELLO, "max_tokens": 2}
+        refused = httpx.post(f"{url}/v1/chat/completions", json=body | {"n": 4}, timeout=300)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
+        assert httpx.post(f"{url}/v1/chat/completions", json=body | {"n": 3}).status_code == 200
+    few.close()
 
 
 def test_unknown_models_and_paths_are_not_found(post, url):

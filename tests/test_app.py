@@ -1,5 +1,6 @@
 """The page, in a real browser, with models that say what they are made to say."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import gradio as gr
@@ -20,9 +22,9 @@ from test_cli_chat import CALL, runs, stalled  # noqa: F401
 from nanochat_jax.data.preference import open_pairs
 from nanochat_jax.engine import Engine
 from nanochat_jax.errors import UserError
-from serve import app, loadtest, view
+from serve import app, loadtest, users, view
 from serve.backend import Backend
-from serve.feedback import Rating, append_pairs, rate
+from serve.feedback import Rating, Ratings, append_pairs, rate
 from serve.handlers import Handlers, messages_of, new_chat
 from serve.limits import Clients, Limits
 from serve.models import BackendConfig
@@ -429,6 +431,36 @@ def test_a_visitor_who_asks_too_often_is_told(runs, browser):  # noqa: F811
         one.context.close()
 
 
+def test_no_client_can_say_of_itself_who_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", app.PROXIES)
+
+    def asked(number: int) -> int:
+        forged = {"X-Forwarded-For": f"6.6.6.{number}, 203.0.113.{number // 5}, 10.0.0.7"}  # two proxies added to it
+        return httpx.get(f"{address}/v1/models", headers=forged).status_code
+
+    with serving(tmp_path, limits=Limits(requests_per_minute=2)) as (address, _):
+        assert [asked(number) for number in range(8)] == [200, 200, 429, 429, 429, 200, 200, 429]
+
+
+def test_the_tokens_of_a_text_count_as_a_message(runs):  # noqa: F811
+    async def ask(address: str) -> list:
+        async with httpx.AsyncClient(base_url=address, timeout=300) as client:
+            some = [users.PageUser(client, "demo/rl", 8) for _ in range(6)]
+            for one in some:
+                await one._open()
+            asked = (one._call("tokenise", ["hi", "demo/rl", True]) for one in some)
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    limits = Limits(requests_per_minute=3, concurrent=1)
+    with (
+        serving(runs, limits=limits) as (address, _),
+        ThreadPoolExecutor() as threads,
+    ):  # playwright has this one's loop
+        found = threads.submit(asyncio.run, ask(address)).result()
+    told = [str(one) for one in found if isinstance(one, users.Failed)]
+    assert len(told) == 3 and all("more than 3 requests a minute" in one for one in told)
+
+
 def test_nothing_is_shared_and_a_password_is_asked_for_where_there_is_one(tmp_path):
     config = app.Config()
     assert (config.share, config.host, config.feedback, config.frame_ancestors) == (False, "127.0.0.1", None, ())
@@ -488,8 +520,7 @@ def test_a_page_begins_with_what_the_browser_kept_alone(tmp_path):
 
 def test_ratings_pair_answers_to_the_same_prompt_alone(tmp_path):
     prompt, other = [USER], [USER, ANSWER, USER]
-    seen: list[Rating] = []
-    made = []
+    seen, made = Ratings([], []), []
     for rating in (
         Rating(prompt, "bad", False),
         Rating(other, "elsewhere", True),
@@ -498,16 +529,59 @@ def test_ratings_pair_answers_to_the_same_prompt_alone(tmp_path):
         Rating(prompt, "good", True),
         Rating(prompt, "good", None),
         Rating(prompt, "good", False),
+        Rating(prompt, "good", True),  # again: its pairs are there already
+        Rating(prompt, "bad", True),
     ):
-        seen, pairs = rate(seen, rating)
-        made.append(pairs)
+        before, seen = seen, rate(seen, rating)
+        made.append(seen.pairs[len(before.pairs) :])
     both = [{"prompt": prompt, "chosen": "good", "rejected": bad} for bad in ("bad", "worse")]
-    assert made == [[], [], [], both, [], [], []]
+    changed = {"prompt": prompt, "chosen": "bad", "rejected": "worse"}
+    assert made == [[], [], [], both, [], [], [], [], [changed]]
     append_pairs(tmp_path / "new" / "pairs.jsonl", both)
     append_pairs(tmp_path / "new" / "pairs.jsonl", both)
     assert len(open_pairs(f"jsonl:{tmp_path}/new/pairs.jsonl")) == 4
     with pytest.raises(UserError, match="--feedback"):
         append_pairs(tmp_path, both)
+
+
+def test_no_rating_can_spoil_the_file(tmp_path):
+    handlers = Handlers(Backend(BackendConfig(runs=tmp_path)), Clients(Limits(requests_per_minute=5)), tmp_path / "f")
+    visitor, ratings = SimpleNamespace(client=SimpleNamespace(host="a")), Ratings([], [])
+
+    def like(messages: list, index: int, liked: bool) -> Ratings:
+        event = gr.LikeData(None, {"index": index, "value": "", "liked": liked})
+        with ThreadPoolExecutor() as threads:  # playwright has the event loop of this one
+            return threads.submit(asyncio.run, handlers.like({"messages": messages}, ratings, event, visitor)).result()
+
+    with pytest.raises(gr.Error, match="only answers"):
+        like([USER, ANSWER, USER], 2, True)
+    ratings = like([USER, ANSWER], 1, True)
+    with pytest.raises(gr.Error, match="same answer"):
+        like([USER, ANSWER | {"content": [{"type": "text", "text": c} for c in "ho"]}], 1, False)
+    assert not (tmp_path / "f").exists()
+    ratings = like([USER, ANSWER | {"content": "hu"}], 1, False)
+    assert len(open_pairs(f"jsonl:{tmp_path}/f")) == len(ratings.pairs) == 1
+    like([USER, ANSWER], 1, True)
+    with pytest.raises(gr.Error, match="5 requests a minute"):
+        like([USER, ANSWER], 1, True)
+
+
+def test_the_length_of_an_answer_is_told_by_the_name_of_its_setting(runs, monkeypatch):  # noqa: F811
+    told = list[str]()
+    monkeypatch.setattr(gr, "Warning", told.append)
+    backend = Backend(BackendConfig(runs=runs, slots=2))
+    handlers, visitor = Handlers(backend, Clients(Limits())), SimpleNamespace(client=None)
+
+    async def ask() -> None:
+        async for _ in handlers.respond(
+            new_chat() | {"messages": [USER]}, "demo/rl", "", 1, 0, 1, 0, 1, 256, 1, True, visitor
+        ):
+            pass
+
+    with ThreadPoolExecutor() as threads:  # playwright has the event loop of this one
+        threads.submit(asyncio.run, ask()).result()
+    backend.close()
+    assert len(told) == 1 and told[0].startswith("Longest answer: 256 tokens") and "ask for 1 to" in told[0]
 
 
 def test_a_call_and_its_output_are_one_entry_of_their_message():

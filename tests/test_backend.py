@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,15 @@ from nanochat_jax.chat import conversation, render_prompt
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.dialogue import Busy, NoRoom, Service
 from nanochat_jax.errors import UserError
-from nanochat_jax.load import open_model
+from nanochat_jax.load import load_model, open_model
 from nanochat_jax.requests import Output, Request
 from nanochat_jax.sampling import Sampling
 from nanochat_jax.streaming import Delta, Event, Handle
+from serve import models
 from serve.backend import Backend, ChatEvent
 from serve.models import BackendConfig
 from serve.shown import Shown
+from serve.talk import answer
 
 POLICY = """
 [[category]]
@@ -133,7 +136,7 @@ def test_later_stages_come_first(runs, tmp_path):
 
 def test_the_model_used_longest_ago_goes_unless_it_is_busy(backend):
     first = backend.service("other")
-    assert backend.service("other") is first and backend.loaded("other").step == 1
+    assert backend.service("other") is first and asyncio.run(backend.ready("other")).service is first
     with held(first):
         handle = first.submit(Request([1], 50))
         with pytest.raises(Busy, match="1 models are loaded and busy"):
@@ -148,11 +151,86 @@ def test_the_model_used_longest_ago_goes_unless_it_is_busy(backend):
 
 
 def test_a_service_that_had_to_go_just_now_is_loaded_again(backend, monkeypatch):
-    gone, load = backend.service("other"), Backend.service
+    gone, ready = asyncio.run(backend.ready("other")), Backend.ready
     backend.service("demo/base")
     answers = iter([gone])
-    monkeypatch.setattr(Backend, "service", lambda self, name="": next(answers, None) or load(self, name))
+
+    async def late(self, name=""):
+        return next(answers, None) or await ready(self, name)
+
+    monkeypatch.setattr(Backend, "ready", late)
     assert ask(backend, "hello", model="other", max_new_tokens=4)[-1].usage.completion_tokens > 0
+
+
+def test_many_who_wait_for_a_model_delay_nobody_and_it_is_loaded_once(runs, monkeypatch):
+    backend, begun, go_on = Backend(BackendConfig(runs=runs, slots=2)), list[Path](), threading.Event()
+    backend.service("other")
+
+    def load(folder: Path):
+        begun.append(folder)
+        go_on.wait(300)
+        if len(begun) == 1:
+            raise UserError("out of luck")
+        return load_model(folder)
+
+    async def first_event(model: str) -> ChatEvent:
+        stream = backend.chat(conversation("hello"), model=model, max_new_tokens=1)
+        try:
+            return await anext(stream)
+        finally:
+            await stream.aclose()
+
+    async def ask_all() -> list:
+        waiting = [asyncio.create_task(first_event("demo/base")) for _ in range(60)]
+        await asyncio.to_thread(until, lambda: begun)
+        try:
+            async with asyncio.timeout(30):
+                await first_event("other")
+        finally:
+            waiting[0].cancel()
+            await asyncio.wait(waiting[:1])
+            go_on.set()
+        return await asyncio.gather(*waiting[1:], return_exceptions=True)
+
+    monkeypatch.setattr(models, "load_model", load)
+    assert {str(found) for found in asyncio.run(ask_all())} == {"out of luck"}
+    assert asyncio.run(ask_all()) == [ChatEvent()] * 59 and len(begun) == 2
+    backend.close()
+
+
+def test_the_event_loop_is_never_left_to_a_disk(runs, monkeypatch):
+    backend, find = Backend(BackendConfig(runs=runs, slots=2)), Backend.find
+    threads = list[threading.Thread]()
+
+    def noted(self, name=""):
+        threads.append(threading.current_thread())
+        return find(self, name)
+
+    async def read() -> None:
+        async for _ in answer(backend, conversation("hello"), sampling=Sampling(), max_new_tokens=1):
+            pass
+
+    monkeypatch.setattr(Backend, "find", noted)
+    asyncio.run(read())
+    assert threads and threading.current_thread() not in threads
+    backend.close()
+
+
+def test_who_looks_first_at_the_same_time_sees_all_models(runs, monkeypatch):
+    backend, opened, fail = Backend(BackendConfig(runs=runs)), list[Path](), [OSError("the disk is away")]
+
+    def slow(folder: Path):
+        opened.append(folder)
+        time.sleep(0.1)
+        if fail and folder.name == "other":
+            raise fail.pop()
+        return open_model(folder)
+
+    monkeypatch.setattr(models, "open_model", slow)
+    assert len(backend.models()) == 1  # and what could not be read just now is looked at again
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: len(backend.models()), range(4)))
+    assert found == [2] * 4 and len(opened) == 4  # of which one is broken and one was tried twice
 
 
 def test_an_answer_is_the_services(backend):
