@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanochat_jax import tokenizer as tokenizers
+from nanochat_jax.data.prepare import split_document
 from nanochat_jax.data.sources import open_source
 from nanochat_jax.errors import UserError
 from train import tokenizer as stage
@@ -211,6 +212,25 @@ def test_long_texts_are_encoded_in_segments_with_the_same_ids(of_english):
     assert ids.dtype == np.uint16 and ids.tolist() == of_english.encode(text)
     without_spaces = "あ" * 2_500_000
     assert of_english.decode(of_english.encode_array(without_spaces, np.dtype(np.int32))) == without_spaces
+
+
+def test_what_prepare_holds_out_of_a_cut_file_is_not_trained_on(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "long.txt").write_text("".join(f"line {i}\n" for i in range(4000)))
+    spec, unit_bytes, seen = f"text:{tmp_path}/long.txt", 300, []
+    source = open_source(spec, unit_bytes)
+    held_out = {
+        split_document(text, few_documents=False, val_fraction=0.2)[1]
+        for unit in range(len(source.units))
+        for text in source.documents(unit)
+    } - {""}
+
+    def spy(documents, *_, **__):
+        seen.extend(documents)
+        return tokenizer
+
+    monkeypatch.setattr(tokenizers, "train", spy)
+    stage.main(stage.Config(spec, out=tmp_path / "t.model", val_fraction=0.2, unit_bytes=unit_bytes))
+    assert len(held_out) > 10 and len(seen) > 50 and held_out.isdisjoint(seen)
 
 
 def test_weights_are_shares_of_the_training_text(tmp_path):

