@@ -170,6 +170,13 @@ def test_pairs_that_do_not_fit_are_refused(tiny_base, tmp_path):
         dpo.main(config(tiny_base, write_pairs(tmp_path / "pairs.jsonl", rows), tmp_path / "run"))
 
 
+def test_held_out_pairs_that_do_not_fit_leave_training_without_validation(tiny_base, pairs, tmp_path, capsys):
+    val = write_pairs(tmp_path / "val.jsonl", [{"prompt": "what is " * 80, "chosen": "a", "rejected": "b"}])
+    dpo.main(config(tiny_base, pairs, tmp_path / "run", val_pairs=val, steps=1))
+    assert "training without validation: of what is held out nothing fits (of 1 pairs" in capsys.readouterr().out
+    assert not logged(tmp_path / "run", "val_loss")
+
+
 def test_what_makes_the_result_is_in_the_recipe(tiny_base, pairs, whole):
     recipe = open_model(whole).recipe
     assert recipe["beta"] == 0.1 and recipe["start_from"] == open_model(tiny_base).fingerprint

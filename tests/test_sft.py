@@ -14,6 +14,8 @@ from nanochat_jax import optim, sharding
 from nanochat_jax.chat import conversation
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import Horizon, OptimConfig
+from nanochat_jax.data.conversations import VAL_SHARE
+from nanochat_jax.data.rows import is_held_out
 from nanochat_jax.data.sft import pack_conversations
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute
@@ -145,6 +147,15 @@ def test_a_model_fine_tuned_on_one_answer_gives_it(tiny_base, tmp_path):
     example = replace(open_task("arithmetic").examples("test")[0], conversation=chats[3])
     [[found]] = answer(engine, loaded.tokenizer, [Question(open_task("arithmetic"), example, 0)], max_new_tokens=32)
     assert found.text == "It is spelled a b c." and found.output.finish_reason == "stop"
+
+
+def test_held_out_conversations_that_do_not_fit_leave_training_without_validation(tiny_base, tmp_path, capsys):
+    asked = ["what is " * 80 if is_held_out(str(row), VAL_SHARE) else "What is it?" for row in range(40)]
+    chats = [conversation(text, "It is a b c.") for text in asked]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    sft.main(config(tiny_base, tmp_path / "run", mix=f"jsonl:{tmp_path}/chats.jsonl", steps=1, prompts=()))
+    assert "training without validation: of what is held out nothing fits (of " in capsys.readouterr().out
+    assert not [record for record in read_metrics(tmp_path / "run") if "val_bpb" in record]
 
 
 def test_a_checkpoint_without_optimizer_starts_with_a_fresh_one(tiny_base, tmp_path, capsys):

@@ -33,7 +33,7 @@ from nanochat_jax.sharding import HostShare
 from nanochat_jax.state import Batch as DeviceBatch
 from nanochat_jax.state import LossFn, TrainState
 from train import cli
-from train.finetune import Schedule, fine_tune, open_base
+from train.finetune import Schedule, fine_tune, open_base, rows_held_out
 from train.microbatch import micro_rows
 from train.stage import RunConfig, Stage, at_least, run_stage, stage_mesh
 
@@ -92,7 +92,9 @@ def main(config: Config) -> TrainState:
     cfg, tok = base.cfg, base.tokenizer
     train, held_out = split_pairs(config.pairs, config.val_pairs)
     held_out = held_out[: config.eval_pairs or None]
-    rows = [render_pairs(pairs, tok, cfg.sequence_len) for pairs in (train, held_out) if pairs]
+    rows = [render_pairs(train, tok, cfg.sequence_len)]
+    if held_out and (val_rows := rows_held_out(lambda: render_pairs(held_out, tok, cfg.sequence_len))):
+        rows.append(val_rows)
     steps = config.steps or max(1, round(config.epochs * len(rows[0]) / config.batch_pairs))
     tuned = fine_tune(  # as many tokens as before: a step's progress is not a matter of its tokens
         config.checkpoint,

@@ -1,6 +1,7 @@
 """What the stages after pretraining have in common: a checkpoint to start from, whose rates they inherit."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nanochat_jax.config import (
     OptimConfig,
     from_json,
 )
+from nanochat_jax.data.batches import NothingFitsError
 from nanochat_jax.errors import UserError
 from nanochat_jax.layers import Compute
 from nanochat_jax.load import StoredModel, open_undamaged
@@ -57,6 +59,15 @@ def open_base(folder: Path) -> tuple[StoredModel, OptimConfig, Horizon]:
     if "horizon" not in pretrained:  # converted from elsewhere
         return stored, OptimConfig(), Horizon(0, REFERENCE_BATCH_TOKENS, 0, 1.0, 0.0)
     return stored, from_json(OptimConfig, pretrained["optim"]), from_json(Horizon, pretrained["horizon"])
+
+
+def rows_held_out[T](make: Callable[[], T]) -> T | None:
+    """Rows to validate on; None, with a word on why, if nothing that is held out fits."""
+    try:
+        return make()
+    except NothingFitsError as error:
+        print(f"training without validation: of what is held out nothing fits ({error})")
+        return None
 
 
 def fine_tune(

@@ -28,7 +28,7 @@ from nanochat_jax.sharding import HostShare
 from nanochat_jax.state import TrainState
 from nanochat_jax.tokenizer import Tokenizer
 from train import cli
-from train.finetune import Schedule, fine_tune, open_base
+from train.finetune import Schedule, fine_tune, open_base, rows_held_out
 from train.pretrain import language_model_loss, rows_of
 from train.stage import RunConfig, Stage, at_least, run_stage, validation_hook
 
@@ -84,6 +84,7 @@ def main(config: Config) -> TrainState:
     chats = join_turns(open_mixture(config.mix, seed=config.seed), config.turns, config.seed)
     train_rows = pack_conversations(chats, tok, cfg.sequence_len)
     held_out = open_mixture(config.mix, "val", seed=config.seed)
+    val_rows = rows_held_out(lambda: pack_conversations(held_out, tok, cfg.sequence_len)) if held_out else None
     batch_tokens = config.batch_tokens or horizon.batch_tokens
     rows = rows_of(batch_tokens, cfg)
     steps = config.steps or max(1, round(config.epochs * len(train_rows) / rows))
@@ -103,9 +104,8 @@ def main(config: Config) -> TrainState:
         return batches(train_rows, batch_size=rows, seed=config.seed, start_step=step, **share._asdict())
 
     def measure(mesh: jax.sharding.Mesh, rows: int) -> list[Hook]:
-        if not held_out:
+        if val_rows is None:
             return []
-        val_rows = pack_conversations(held_out, tok, cfg.sequence_len)
         every, limit = config.run.eval_every, config.eval_rows
         return [validation_hook(every, val_rows, rows, limit=limit, model=(cfg, tok, compute), mesh=mesh)]
 

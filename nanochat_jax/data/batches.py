@@ -19,6 +19,10 @@ class NotYetError(Exception):
     """The row at a position of an order is not known yet."""
 
 
+class NothingFitsError(UserError):
+    """All that rows were to be made of is longer than a row."""
+
+
 class Order(Protocol):
     """Which row is read when: the number of a row by its position in an endless sequence, or NotYetError."""
 

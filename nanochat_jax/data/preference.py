@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nanochat_jax.chat import Conversation, Message, check_conversation, content_parts, render, render_prompt
-from nanochat_jax.data.batches import Batch
+from nanochat_jax.data.batches import Batch, NothingFitsError
 from nanochat_jax.data.rows import Lazy, Row, concatenate, is_held_out, open_rows, row_conversation
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ def render_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, sequence_len: int)
         sequence_len: tokens the model sees at once.
 
     Raises:
-        UserError: if no pair fits.
+        NothingFitsError: if no pair fits.
     """
     rendered: list[list[tuple[list[int], list[int]]]] = []
     too_long = 0
@@ -167,7 +167,7 @@ def render_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, sequence_len: int)
         else:
             rendered.append(sides)
     if not rendered:
-        raise UserError(f"of {too_long} pairs none fits into sequence-len={sequence_len}: choose a larger one")
+        raise NothingFitsError(f"of {too_long} pairs none fits into sequence-len={sequence_len}: choose a larger one")
     longest = max(len(tokens) for sides in rendered for tokens, _ in sides)
     T = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, sequence_len)
     tokens_P2T = np.full((len(rendered), 2, T), tokenizer.bos, np.int32)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanochat_jax.chat import Conversation, Rendered, render
-from nanochat_jax.data.batches import Batch
+from nanochat_jax.data.batches import Batch, NothingFitsError
 from nanochat_jax.errors import UserError
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -84,7 +84,8 @@ def pack_conversations(conversations: Iterable[Conversation], tokenizer: Tokeniz
         sequence_len: tokens the model sees at once.
 
     Raises:
-        UserError: if a conversation is not valid, or none fits.
+        UserError: if a conversation is not valid.
+        NothingFitsError: if none fits.
     """
     if sequence_len < 1:
         raise UserError(f"sequence-len={sequence_len} must be positive")
@@ -99,7 +100,7 @@ def pack_conversations(conversations: Iterable[Conversation], tokenizer: Tokeniz
         if length:
             kept.append((np.array(rendered.tokens[:length], dtype), np.array(rendered.supervised[:length])))
     if not kept:
-        raise UserError(
+        raise NothingFitsError(
             f"of {total:,} conversations none fits into sequence-len={sequence_len} with its first answer: "
             "choose a larger one, or other conversations"
         )
