@@ -271,12 +271,39 @@ def test_convert_gpt2(gpt2_folder, tmp_path):
     assert tokenizer.load(tmp_path / "run" / "tokenizer.model").sha256 == loaded.tokenizer.sha256
     logits = model.forward(loaded.params, loaded.cfg, np.array([loaded.tokenizer.encode("the th")]), compute=FLOAT32)
     assert logits.shape == (1, 4, 268)
-    with pytest.raises(UserError, match="holds a run already"):
-        convert.main(convert.Config(str(gpt2_folder), tmp_path / "run"))
+    with pytest.raises(UserError, match="holds another run already"):
+        convert.main(convert.Config("gpt2", tmp_path / "run"))
     with pytest.raises(UserError, match="did you mean --to nanochat"):
         convert.main(convert.Config(str(tmp_path / "run"), tmp_path / "other"))
     with pytest.raises(UserError, match="no such architecture"):
         convert.main(convert.Config(str(tmp_path / "run"), tmp_path / "other", to="nanochat"))
+
+
+def test_a_conversion_is_repeated_and_completed_by_the_same_command(gpt2_folder, tmp_path, monkeypatch, capsys):
+    config = convert.Config(str(gpt2_folder), tmp_path / "run")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(convert.Checkpoints, "save", interrupted)
+        convert.main(config)
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_model(tmp_path / "run")
+    convert.main(config)
+    tokenizer_path = tmp_path / "run" / "tokenizer.model"
+    before = load_model(tmp_path / "run").stored.fingerprint, tokenizer_path.read_bytes()
+    tokenizer_path.unlink()
+    convert.main(config)
+    assert (load_model(tmp_path / "run").stored.fingerprint, tokenizer_path.read_bytes()) == before
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.delattr(convert, "read_gpt2")
+        convert.main(config)
+    assert "is there already" in capsys.readouterr().out
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(UserError, match="holds another run already"):
+        convert.main(config)
 
 
 def test_added_tokens_are_improbable(weights):

@@ -13,8 +13,8 @@ And back, so that nanochat's own scripts load it:
     python -m train.convert --source runs/d20 --out ~/.cache/nanochat/base_checkpoints/d20 --to nanochat
 
 What comes in is a run like any other: train.sample, train.evaluate and --init-from take its folder, and train.prepare
-the tokenizer.model in it. Optimizer state stays behind. Nothing that is read can run code: pickles are read by
-restricted readers only.
+the tokenizer.model in it. Optimizer state stays behind. The same command completes what was interrupted. Nothing that
+is read can run code: pickles are read by restricted readers only.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from typing import Literal
 from nanochat_jax.checkpoint import Checkpoints
 from nanochat_jax.config import ModelConfig, to_json, write_json
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import read_json
 from nanochat_jax.gpt2_weights import read_gpt2
 from nanochat_jax.interop import Foreign, read_upstream, write_upstream
 from nanochat_jax.load import load_model
@@ -50,14 +51,18 @@ def main(config: Config) -> Path:
         _to_nanochat(config)
     else:
         _to_run(config)
-    print(f"wrote {config.out}")
     return config.out
 
 
 def _to_run(config: Config) -> None:
-    checkpoints = Checkpoints(config.out / "checkpoints")
-    if checkpoints.steps():
-        raise UserError(f"{config.out} holds a run already; choose another folder")
+    checkpoints, described = Checkpoints(config.out / "checkpoints"), config.out / "config.json"
+    tokenizer_path = config.out / "tokenizer.model"
+    same = described.exists() and read_json(described) == to_json(config)
+    if not same and (described.exists() or checkpoints.steps()):
+        raise UserError(f"{config.out} holds another run already; choose another folder")
+    if checkpoints.steps() and tokenizer_path.exists():
+        print(f"{config.out} is there already, made by the same command")
+        return
     model = _read(config)
     recipe = {
         "model": to_json(model.cfg),
@@ -65,11 +70,13 @@ def _to_run(config: Config) -> None:
         "compute_dtype": model.compute_dtype,
         "source": config.source,
     }
-    with checkpoints:
-        meta = {"stage": "convert", "recipe": recipe, "records": 0}
-        checkpoints.save(model.step, {"params": model.params}, meta=meta, tokenizer=model.tokenizer.to_bytes())
-    model.tokenizer.save(config.out / "tokenizer.model")
-    write_json(config.out / "config.json", config)
+    write_json(described, config)
+    model.tokenizer.save(tokenizer_path)
+    if not checkpoints.steps():
+        with checkpoints:  # last: a run with a checkpoint is taken as it is
+            meta = {"stage": "convert", "recipe": recipe, "records": 0}
+            checkpoints.save(model.step, {"params": model.params}, meta=meta, tokenizer=model.tokenizer.to_bytes())
+    print(f"wrote {config.out}")
 
 
 def _read(config: Config) -> Foreign:
@@ -86,6 +93,7 @@ def _to_nanochat(config: Config) -> None:
     if not isinstance(loaded.cfg, ModelConfig):
         raise UserError(f"{config.source} is a GPT-2; nanochat has no such architecture")
     write_upstream(config.out, loaded.params, loaded.cfg, loaded.tokenizer, loaded.step)
+    print(f"wrote {config.out}")
 
 
 if __name__ == "__main__":
