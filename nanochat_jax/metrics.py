@@ -139,11 +139,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            records.append(json.loads(line.decode()))
+        except ValueError as error:  # neither JSON nor, perhaps, UTF-8
             if number < len(lines):
                 raise UserError(f"{path}, line {number}: not JSON ({error}); delete the line or the file") from error
     return records

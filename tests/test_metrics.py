@@ -25,15 +25,17 @@ def test_a_resumed_log_forgets_what_came_after_its_step(tmp_path):
     assert [record["loss"] for record in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 40.0]
 
 
-def test_a_last_line_cut_short_by_a_crash_is_dropped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + '\n{"step": 2, "lo')
+@pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b'{"step": 2, "lo\xff": 1}'])
+def test_a_last_line_torn_by_a_crash_is_dropped(tmp_path, torn):
+    (tmp_path / "metrics.jsonl").write_bytes(json.dumps({"step": 1, "loss": 1.0}).encode() + b"\n" + torn)
     with MetricsLog(tmp_path, step=2) as log:
         log.write(2, {"loss": 2.0})
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_a_damaged_line_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n{"step": 3}\n')
+@pytest.mark.parametrize("damaged", [b"garbage", b'{"step": 2, "\xff": 1}'])
+def test_a_damaged_line_is_named(tmp_path, damaged):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2"):
         read_metrics(tmp_path)
 
