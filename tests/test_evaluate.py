@@ -21,6 +21,7 @@ from nanochat_jax.data.records import load_manifest
 from nanochat_jax.errors import UserError
 from nanochat_jax.eval import baselines
 from nanochat_jax.eval.chat import CHATCORE, Evaluator
+from nanochat_jax.load import load_model
 from nanochat_jax.metrics import read_metrics
 from train import evaluate, prepare, pretrain, suites, tokenizer
 from train.stage import RunConfig
@@ -153,6 +154,18 @@ def test_reuses_what_was_measured_on_the_same_checkpoint_and_data(run, monkeypat
             evaluate.main(config(run))
 
 
+def test_results_of_another_step_are_kept_apart(run):
+    loaded = load_model(run / "base")
+    with Checkpoints(run / "base" / "checkpoints") as checkpoints:
+        meta, tok = loaded.stored.checkpoint.meta, loaded.tokenizer.to_bytes()
+        checkpoints.save(7, {"params": loaded.params}, meta=meta, tokenizer=tok)
+    newest = evaluate.main(config(run, suite="sample"))
+    earlier = evaluate.main(config(run, suite="sample", step=6))
+    assert (newest["step"], earlier["step"]) == (7, 6)
+    for name, result in (("evaluation.json", newest), ("evaluation-6.json", earlier)):
+        assert json.loads((run / "base" / name).read_text()) == result
+
+
 def test_raw_text_gives_what_the_same_text_gives_prepared(run, tmp_path_factory):
     """The validation split's text, written to files: packed the same way, it is the same rows."""
     corpus = run / "corpus"
@@ -176,6 +189,9 @@ def test_raw_text_gives_what_the_same_text_gives_prepared(run, tmp_path_factory)
     assert single["bytes"] == len(one.read_bytes()) and list(single["baselines"]) == ["gzip -9", "xz -9"]
     with pytest.raises(UserError, match=r"'nowhere' is neither a folder that train.prepare made, nor a text file"):
         evaluate.main(config(run, suite="bpb", data="nowhere"))
+    (run / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match=r"empty\.jsonl#text holds no text to measure on"):
+        evaluate.main(config(run, suite="bpb", data=f"jsonl:{run}/empty.jsonl#text"))
 
 
 @pytest.fixture
@@ -236,6 +252,20 @@ def test_chat_measures_what_is_missing_and_keeps_the_rest(chat, measured, capsys
     assert measured[3:] == ["arc-easy", "arc-easy"]
     kept = json.loads((chat / "evaluation.json").read_text())["suites"]["chat"]["tasks"]
     assert kept["arc-easy"]["examples"] == 6 and kept["identity"] == second["tasks"]["identity"]
+
+
+def test_what_another_command_measures_meanwhile_is_kept(chat, monkeypatch):
+    real, meanwhile = Evaluator.evaluate, [asked(chat, "identity")]
+
+    def evaluate_both(self, task, *args):
+        while meanwhile:
+            evaluate.main(meanwhile.pop())
+        return real(self, task, *args)
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate_both)
+    result = evaluate.main(asked(chat, "ARC"))["suites"]["chat"]
+    assert set(result["tasks"]) == {"identity", "arc-easy"}
+    assert result["mean_centred"] == pytest.approx(np.mean([task["centred"] for task in result["tasks"].values()]))
 
 
 def test_no_score_is_called_chatcore_that_a_part_of_the_examples_gave(chat, monkeypatch):

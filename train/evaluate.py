@@ -6,19 +6,21 @@
 
 docs/evaluation.md says what the figures mean.
 
-The results go to evaluation.json in the checkpoint's folder. What was measured before on the same checkpoint and data
-is not measured again, unless with --force; chat tasks are kept one by one.
+The results go to evaluation.json in the checkpoint's folder, those of --step N to evaluation-N.json. What was measured
+before on the same checkpoint and data is not measured again, unless with --force; texts and chat tasks are kept one by
+one, also where several commands measure at once.
 """
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanochat_jax import hosts, sharding
 from nanochat_jax.config import to_json, write_json
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import as_path
+from nanochat_jax.files import as_path, locked
 from nanochat_jax.load import load_model
 from nanochat_jax.sharding import MeshConfig
 from train import cli
@@ -37,7 +39,7 @@ class Config:
     """What to measure, separated by commas: core (CORE's tasks for base models), bpb (bits per byte), sample (texts the
     model writes), chat (tasks of a chat model); default: bpb,sample where --data is given, chat where it is not."""
     step: int | None = None
-    """Checkpoint to use; default: the newest good one."""
+    """Checkpoint to use, with results of its own; default: the newest good one."""
     rows: int = 8
     """Sequences of the model's length that one device computes at a time; of shorter ones more."""
     bundle: Path | None = None
@@ -76,25 +78,31 @@ def main(config: Config) -> dict[str, Any]:
     hosts.agree(config=config)
     mesh = sharding.make_mesh(config.mesh)
     loaded = load_model(config.checkpoint, step=config.step, mesh=mesh)
-    path, is_first = as_path(config.checkpoint) / "evaluation.json", hosts.is_first()
+    folder, is_first = as_path(config.checkpoint), hosts.is_first()
+    path = folder / ("evaluation.json" if config.step is None else f"evaluation-{config.step}.json")
     identity = {"step": loaded.step, "fingerprint": loaded.stored.fingerprint}
+
+    def keep(results: dict[str, Any]) -> dict[str, Any]:
+        """What is stored, and these results; not under the run's own lock, which its training may hold."""
+        with locked(folder / "checkpoints", wait=True):
+            suites = _stored(path, identity)
+            for name, result in results.items():
+                suites[name] = SUITES[name].merge(suites.get(name, {}), result)
+            write_json(path, {"config": to_json(config), **identity, "suites": suites})
+        return suites
+
     suites = hosts.first(lambda: _stored(path, identity))
-    evaluation = {"config": to_json(config), **identity, "suites": suites}
     say = print if is_first else lambda *_: None  # one host speaks, and writes, for all
     say(f"{config.checkpoint}, step {loaded.step:,}{f', on {config.data}' if config.data else ''}")
     for name in config.suites:
         note = "measured before on this checkpoint (--force repeats it), "
         with sharding.on(mesh):
             for result in SUITES[name].measure(Subject(config, mesh, loaded), suites.get(name, {})):
-                suites[name], note = result, ""
-                if is_first:
-                    write_json(path, evaluation)
+                suites, note = hosts.first(partial(keep, {name: result})), ""
         say(f"\n{name}: {note}took {suites[name]['seconds']:.1f} s")
         if is_first:
             SUITES[name].show(suites[name])
-    if is_first:
-        write_json(path, evaluation)
-    return evaluation
+    return {"config": to_json(config), **identity, "suites": hosts.first(partial(keep, {}))}
 
 
 def _stored(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

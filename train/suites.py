@@ -47,8 +47,8 @@ def measure_bpb(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, 
     tok, mesh, data = subject.model.tokenizer, subject.mesh, subject.config.data
     assert data is not None
     held_out = open_held_out(data, tok, subject.model.cfg.sequence_len)
-    texts = dict(before.get("texts", {}))
-    if texts.get(data, {}).get("fingerprint") == held_out.fingerprint and not subject.config.force:
+    known = before.get("texts", {}).get(data, {}).get("fingerprint")
+    if known == held_out.fingerprint and not subject.config.force:
         return
     started, records = time.perf_counter(), held_out.records
     rows = subject.config.rows * sharding.batch_devices(mesh)
@@ -68,8 +68,12 @@ def measure_bpb(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, 
         baselines=baselines(held_out.train, records, tok),
         seconds=round(time.perf_counter() - started, 2),
     )
-    texts[data] = to_json(result)
-    yield {"texts": texts, "seconds": round(sum(text["seconds"] for text in texts.values()), 2)}
+    yield {"texts": {data: to_json(result)}}
+
+
+def merge_bpb(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    texts = before.get("texts", {}) | new["texts"]
+    return {"texts": texts, "seconds": round(sum(text["seconds"] for text in texts.values()), 2)}
 
 
 def show_bpb(result: dict[str, Any]) -> None:
@@ -112,14 +116,14 @@ def show_samples(result: dict[str, Any]) -> None:
 
 def measure_chat(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Accuracy in tasks, one after the other; tasks without data are named and left out."""
-    config, loaded, results = subject.config, subject.model, dict(before.get("tasks", {}))
+    config, loaded, known = subject.config, subject.model, before.get("tasks", {})
     sizes = Sizes(config.rows, config.slots, config.max_new_tokens)
     evaluator = Evaluator(loaded.params, loaded.cfg, loaded.tokenizer, loaded.compute, subject.mesh, sizes)
     left_out: dict[str, UserError] = {}
     tasks = {name: (spec, open_task(spec)) for name, spec in task_specs(config.tasks).items()}
     for name, (spec, task) in tasks.items():
         asked = {"spec": spec, "limit": config.examples, "max_new_tokens": config.max_new_tokens}
-        if results.get(name, {}).get("asked") == asked and not config.force:
+        if known.get(name, {}).get("asked") == asked and not config.force:
             continue
         try:
             examples = list(task.examples("test")[: config.examples or None])
@@ -128,16 +132,21 @@ def measure_chat(subject: Subject, before: dict[str, Any]) -> Iterator[dict[str,
             print(f"\n{name} is left out: {error}")
             continue
         with tqdm(desc=name, unit="example", total=len(examples), disable=None) as bar:
-            results[name] = {"asked": asked, **to_json(evaluator.evaluate(task, examples, bar.update))}
-        yield {
-            "tasks": results,
-            "chatcore": chatcore({name: result for name, result in results.items() if not result["asked"]["limit"]}),
-            "mean_centred": sum(result["centred"] for result in results.values()) / len(results),
-            "compilations": evaluator.compilations,
-            "seconds": round(sum(result["seconds"] for result in results.values()), 2),
-        }
+            result = {"asked": asked, **to_json(evaluator.evaluate(task, examples, bar.update))}
+        yield {"tasks": {name: result}, "compilations": evaluator.compilations}
     if len(left_out) == len(tasks):
         raise UserError(f"none of the tasks could be measured: {', '.join(left_out)}; see above")
+
+
+def merge_chat(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    tasks = before.get("tasks", {}) | new["tasks"]
+    return {
+        "tasks": tasks,
+        "chatcore": chatcore({name: result for name, result in tasks.items() if not result["asked"]["limit"]}),
+        "mean_centred": sum(result["centred"] for result in tasks.values()) / len(tasks),
+        "compilations": new["compilations"],
+        "seconds": round(sum(result["seconds"] for result in tasks.values()), 2),
+    }
 
 
 def task_specs(text: str) -> dict[str, str]:
@@ -206,16 +215,21 @@ def show_core(result: dict[str, Any]) -> None:
     print(f"programs compiled: {result['compilations']}; {rate}")
 
 
+def replace_whole(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    return new
+
+
 class Suite(NamedTuple):
-    """Measure, given the last result for this checkpoint, and yield what is new, more complete each time; show it."""
+    """Measure, given the last result for this checkpoint, and yield what is new; merge that with the last; show it."""
 
     measure: Callable[[Subject, dict[str, Any]], Iterator[dict[str, Any]]]
+    merge: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
     show: Callable[[dict[str, Any]], None]
 
 
 SUITES = {
-    "core": Suite(measure_core, show_core),
-    "bpb": Suite(measure_bpb, show_bpb),
-    "sample": Suite(write_samples, show_samples),
-    "chat": Suite(measure_chat, show_chat),
+    "core": Suite(measure_core, replace_whole, show_core),
+    "bpb": Suite(measure_bpb, merge_bpb, show_bpb),
+    "sample": Suite(write_samples, replace_whole, show_samples),
+    "chat": Suite(measure_chat, merge_chat, show_chat),
 }

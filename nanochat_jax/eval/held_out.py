@@ -67,7 +67,8 @@ def open_held_out(data: str, tokenizer: Tokenizer, sequence_len: int) -> HeldOut
         sequence_len: of the rows.
 
     Raises:
-        UserError: there is no such thing, it cannot be read, or the records are of another tokenizer or length.
+        UserError: there is no such thing, it cannot be read or holds no text, or the records are of another tokenizer
+            or length.
     """
     if as_path(data).is_dir():
         folder = as_path(data)
@@ -78,6 +79,8 @@ def open_held_out(data: str, tokenizer: Tokenizer, sequence_len: int) -> HeldOut
     except UserError as error:
         raise UserError(f"{data!r} is neither a folder that train.prepare made, nor a text file: {error}") from error
     documents = [text for unit in range(len(source.units)) for text in source.documents(unit) if text]
+    if not documents:
+        raise UserError(f"--data {data} holds no text to measure on: every document is empty")
     digest = hashlib.sha256(f"{tokenizer.sha256} {sequence_len}".encode())
     for document in documents:
         digest.update(document.encode() + b"\0")
