@@ -270,7 +270,11 @@ def test_the_jobset_has_a_host_for_every_four_chips():
 def test_the_slurm_script_starts_the_module_it_is_given(tmp_path):
     (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     (tmp_path / "srun").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "12"}
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_CPUS_PER_TASK": "12",
+    }
     command = ["bash", str(ROOT / "train/slurm.sh"), "train.sft", "--run.out", "a b"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split("\n")[1:6] == ["--cpus-per-task=12", ".venv/bin/python", "-m", "train.sft", "--run.out"]

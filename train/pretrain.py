@@ -23,7 +23,7 @@ from nanochat_jax.data.corpus import Corpus, open_corpus
 from nanochat_jax.errors import UserError
 from nanochat_jax.generate import continue_texts, usable_prompts
 from nanochat_jax.layers import Compute
-from nanochat_jax.load import open_model
+from nanochat_jax.load import open_undamaged
 from nanochat_jax.loop import Hook
 from nanochat_jax.sampling import Sampling
 from nanochat_jax.sharding import HostShare
@@ -129,7 +129,7 @@ def main(config: Config) -> Result:
     compute = config.run.compute.resolve()
     corpus = open_corpus(config.data, window_units=config.window_units)
     tok = corpus.tokenizer
-    start = None if config.init_from is None else open_model(config.init_from)
+    start = None if config.init_from is None else open_undamaged(config.init_from)
     if start is not None and start.tokenizer.sha256 != tok.sha256:
         raise UserError(f"{config.init_from} has another tokenizer than {config.data}; prepare the data with its own")
     make_plan = plan_nanochat if config.preset == "nanochat" else plan_gpt2
