@@ -207,6 +207,6 @@ def test_bad_input_is_named(tiny_base, pairs, tmp_path, changes, words):
 
 def test_a_gpt2_is_refused(tiny_base, pairs, tmp_path, monkeypatch):
     stored = open_model(tiny_base)
-    monkeypatch.setattr("train.finetune.open_model", lambda folder: replace(stored, cfg=object()))
+    monkeypatch.setattr("train.finetune.open_undamaged", lambda folder: replace(stored, cfg=object()))
     with pytest.raises(UserError, match="holds a GPT-2"):
         dpo.main(config(tiny_base, pairs, tmp_path))

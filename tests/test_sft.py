@@ -205,6 +205,6 @@ def test_another_recipe_is_refused(tiny_base, whole):
 
 def test_a_gpt2_is_refused(tmp_path, tiny_base, monkeypatch):
     stored = open_model(tiny_base)
-    monkeypatch.setattr("train.finetune.open_model", lambda folder: replace(stored, cfg=object()))
+    monkeypatch.setattr("train.finetune.open_undamaged", lambda folder: replace(stored, cfg=object()))
     with pytest.raises(UserError, match="holds a GPT-2"):
         sft.main(config(tiny_base, tmp_path))
