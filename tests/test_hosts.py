@@ -152,7 +152,7 @@ def test_killed_stopped_and_resumed_by_fewer_processes(tiny_data, tmp_path, whol
 
 @pytest.mark.slow
 def test_told_to_stop_while_waiting_for_data_all_save_and_stop(tiny_data, tmp_path, monkeypatch):
-    """Preparation has stopped behind the first unit, of which a step wants all records."""
+    """Preparation has stopped behind the first unit, of which a step wants all records; a whole job is told to stop."""
     real = preparing._prepare_unit
 
     def dying(job, tok, unit):
@@ -171,7 +171,9 @@ def test_told_to_stop_while_waiting_for_data_all_save_and_stop(tiny_data, tmp_pa
     process = launch(2, *pretrain_command(tmp_path / "data", tmp_path / "run", *more))
     while "waiting for more" not in process.stdout.readline():
         assert process.poll() is None, process.communicate()[1][-6000:]
-    process.send_signal(signal.SIGTERM)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for number in (*map(int, children), process.pid):  # whose signal reaches the children once more
+        os.kill(number, signal.SIGTERM)
     _, errors = finish(process, code=128 + signal.SIGTERM)
     assert errors.count("stopped by SIGTERM after step 1; all is saved") == 1
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [1]
