@@ -26,7 +26,7 @@ from nanochat_jax.rollouts import Question, answer, make_engine
 from nanochat_jax.sharding import MeshConfig
 from nanochat_jax.tasks import open_task
 from train import sft
-from train.finetune import fine_tune
+from train.finetune import fine_tune, open_base
 from train.pretrain import language_model_loss
 from train.stage import RunConfig
 from train.start import abstract_state, from_stored
@@ -88,7 +88,7 @@ def test_rates_are_those_of_pretraining_with_its_scaling(tiny_base, whole):
     assert recipe["pretrained"] == {name: base[name] for name in ("optim", "horizon")}
     # Twice the tokens a step: √2 of the scale; and a stage after this one inherits from pretraining, not from here.
     again = fine_tune(
-        whole, sft.SCHEDULE, steps=5, batch_tokens=2048, lr_fraction=0.1, warm=False, compute=COMPUTE
+        open_base(whole), sft.SCHEDULE, steps=5, batch_tokens=2048, lr_fraction=0.1, warm=False, compute=COMPUTE
     ).recipe
     assert again["horizon"].lr_scale == pytest.approx(0.5 * 2**0.5)
     assert again["optim"].matrix_lr == pytest.approx(0.1 * 0.02)

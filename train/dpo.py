@@ -88,7 +88,8 @@ class Config:
 def main(config: Config) -> TrainState:
     """Learn to prefer, and return the final state."""
     compute = config.run.compute.resolve()
-    base, _, horizon = open_base(config.checkpoint)
+    opened = open_base(config.checkpoint)
+    base, _, horizon = opened
     cfg, tok = base.cfg, base.tokenizer
     train, held_out = split_pairs(config.pairs, config.val_pairs)
     held_out = held_out[: config.eval_pairs or None]
@@ -97,7 +98,7 @@ def main(config: Config) -> TrainState:
         rows.append(val_rows)
     steps = config.steps or max(1, round(config.epochs * len(rows[0]) / config.batch_pairs))
     tuned = fine_tune(  # as many tokens as before: a step's progress is not a matter of its tokens
-        config.checkpoint,
+        opened,
         Schedule(min(WARMUP_STEPS, steps), warmdown_fraction=1.0, momentum=(0.95, 0.95), momentum_warmup_steps=0),
         steps=steps, batch_tokens=horizon.batch_tokens, lr_fraction=config.lr_fraction, warm=config.warm,
         compute=compute,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 
@@ -46,8 +46,16 @@ class FineTune:
     start: Start
 
 
-def open_base(folder: Path) -> tuple[StoredModel, OptimConfig, Horizon]:
-    """The model to start from, and the rates and the batch that it was pretrained with.
+class Base(NamedTuple):
+    """A model to start from, and the rates and the batch that it was pretrained with."""
+
+    stored: StoredModel
+    rates: OptimConfig
+    horizon: Horizon
+
+
+def open_base(folder: Path) -> Base:
+    """The newest undamaged checkpoint of a run, to start from.
 
     Raises:
         UserError: if there is none, or none that fine-tuning knows.
@@ -57,8 +65,8 @@ def open_base(folder: Path) -> tuple[StoredModel, OptimConfig, Horizon]:
         raise UserError(f"{folder} holds a GPT-2; fine-tuning is for the nanochat architecture")
     pretrained = stored.recipe.get("pretrained", stored.recipe)  # a checkpoint of fine-tuning passes them on
     if "horizon" not in pretrained:  # converted from elsewhere
-        return stored, OptimConfig(), Horizon(0, REFERENCE_BATCH_TOKENS, 0, 1.0, 0.0)
-    return stored, from_json(OptimConfig, pretrained["optim"]), from_json(Horizon, pretrained["horizon"])
+        return Base(stored, OptimConfig(), Horizon(0, REFERENCE_BATCH_TOKENS, 0, 1.0, 0.0))
+    return Base(stored, from_json(OptimConfig, pretrained["optim"]), from_json(Horizon, pretrained["horizon"]))
 
 
 def rows_held_out[T](make: Callable[[], T]) -> T | None:
@@ -71,12 +79,12 @@ def rows_held_out[T](make: Callable[[], T]) -> T | None:
 
 
 def fine_tune(
-    folder: Path, schedule: Schedule, *, steps: int, batch_tokens: int, lr_fraction: float, warm: bool, compute: Compute
+    base: Base, schedule: Schedule, *, steps: int, batch_tokens: int, lr_fraction: float, warm: bool, compute: Compute
 ) -> FineTune:
     """Make the optimizer of a stage.
 
     Args:
-        folder: of the run to start from.
+        base: as opened.
         schedule: of the stage.
         steps: of the stage.
         batch_tokens: tokens a step.
@@ -86,7 +94,7 @@ def fine_tune(
     """
     if lr_fraction <= 0:
         raise UserError(f"--lr-fraction {lr_fraction} must be positive")
-    stored, rates, horizon = open_base(folder)
+    stored, rates, horizon = base
     assert isinstance(stored.cfg, ModelConfig)
     numbers = replace(
         rates,
@@ -101,7 +109,7 @@ def fine_tune(
     length = Horizon(steps, batch_tokens, steps * batch_tokens, scale, weight_decay=0.0)
     tx = optim.make_optimizer(stored.cfg, length, numbers, compute.dtype)
     if warm and not stored.has("opt_state"):
-        print(f"{folder} holds no optimizer: starting with a fresh one")
+        print(f"{stored.folder} holds no optimizer: starting with a fresh one")
         warm = False
     recipe = {
         "model": stored.cfg,

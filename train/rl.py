@@ -116,13 +116,14 @@ class Policy:
 def main(config: Config) -> TrainState:
     """Learn from answers, and return the final state."""
     compute = config.run.compute.resolve()
-    base, _, horizon = open_base(config.checkpoint)
+    opened = open_base(config.checkpoint)
+    base, _, horizon = opened
     cfg, tok = base.cfg, base.tokenizer
     questions = open_questions(config.task, "train", tok, cfg.sequence_len)
     held_out = open_questions(config.task, "test", tok, cfg.sequence_len, limit=config.eval_examples or None)
     steps = config.steps or max(1, round(config.epochs * len(questions) / config.prompts_per_step))
     tuned = fine_tune(  # as many tokens as before, for answers are no measure of how far to go
-        config.checkpoint, SCHEDULE, steps=steps, batch_tokens=horizon.batch_tokens, lr_fraction=config.lr_fraction,
+        opened, SCHEDULE, steps=steps, batch_tokens=horizon.batch_tokens, lr_fraction=config.lr_fraction,
         warm=False, compute=compute,
     )  # fmt: skip
     mesh = stage_mesh(config.run, cfg, compute, tuned.tx, config.prompts_per_step * config.samples)

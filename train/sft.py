@@ -79,7 +79,8 @@ class Config:
 def main(config: Config) -> TrainState:
     """Fine-tune, and return the final state."""
     compute = config.run.compute.resolve()
-    base, _, horizon = open_base(config.checkpoint)
+    opened = open_base(config.checkpoint)
+    base, _, horizon = opened
     cfg, tok = base.cfg, base.tokenizer
     chats = join_turns(open_mixture(config.mix, seed=config.seed), config.turns, config.seed)
     train_rows = pack_conversations(chats, tok, cfg.sequence_len)
@@ -89,7 +90,7 @@ def main(config: Config) -> TrainState:
     rows = rows_of(batch_tokens, cfg)
     steps = config.steps or max(1, round(config.epochs * len(train_rows) / rows))
     tuned = fine_tune(
-        config.checkpoint, SCHEDULE, steps=steps, batch_tokens=batch_tokens, lr_fraction=config.lr_fraction,
+        opened, SCHEDULE, steps=steps, batch_tokens=batch_tokens, lr_fraction=config.lr_fraction,
         warm=config.warm, compute=compute,
     )  # fmt: skip
     stats = train_rows.stats
