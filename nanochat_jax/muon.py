@@ -48,10 +48,9 @@ def orthogonalize(x_SIO: jax.Array) -> jax.Array:
         The same shape and dtype.
     """
     rows, cols = x_SIO.shape[-2:]
-    norms_S1O = jnp.sqrt(_squares(x_SIO, -2))
-    scale_S1O = jnp.linalg.norm(norms_S1O, axis=-1, keepdims=True) / cols**0.5 / jnp.maximum(norms_S1O, 1e-6)
-    scaled_norm = jnp.linalg.norm(norms_S1O * scale_S1O, axis=-1, keepdims=True)
-    x_SIO = (x_SIO * (scale_S1O / (scaled_norm * 1.01 + 1e-6))).astype(x_SIO.dtype)
+    squares_S1O = _squares(x_SIO, -2)
+    scale_S1O = _total(squares_S1O) / cols**0.5 / jnp.maximum(jnp.sqrt(squares_S1O), 1e-6)
+    x_SIO = (x_SIO * (scale_S1O / (_total(squares_S1O * scale_S1O**2) * 1.01 + 1e-6))).astype(x_SIO.dtype)
     wide = rows < cols
     for coefficients in POLAR_EXPRESS:
         polynomial_SMM = gram(gram(x_SIO, of_columns=not wide), coefficients)  # on the short side
