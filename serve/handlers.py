@@ -3,7 +3,7 @@
 import asyncio
 import html
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from nanochat_jax.probabilities import NextTokens, next_token_table
 from nanochat_jax.sampling import Sampling
 from nanochat_jax.streaming import Delta, parts
 from serve import view
-from serve.backend import Backend
+from serve.backend import Backend, ChatEvent
 from serve.feedback import Rating, Ratings, append_pairs, rate
 from serve.limits import Clients
 from serve.schemas import ApiError
 from serve.talk import answer, said, told
 
 MAX_CHARACTERS = 100_000  # of a conversation
+LOOK_SECONDS = 1.0  # between two looks at whether a visitor is still there
 
 type Chat = dict[str, Any]  # {"id": text, "messages": …}, the messages without the system's
 
@@ -54,6 +55,25 @@ def telling() -> Iterator[None]:
         yield
     except (UserError, ApiError) as error:
         raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+
+async def with_looks(events: AsyncGenerator[ChatEvent]) -> AsyncGenerator[ChatEvent | None]:
+    """Events as they come, and None whenever there was none for a while; closing it closes them."""
+    coming = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait([coming], timeout=LOOK_SECONDS)
+            if not done:
+                yield None
+                continue
+            if (event := coming.result()) is None:
+                return
+            yield event
+            coming = asyncio.ensure_future(anext(events, None))
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+        await events.aclose()
 
 
 class Handlers:
@@ -128,7 +148,7 @@ class Handlers:
         messages = messages_of(chat)
         yield chat, view.shown(messages), "…", gr.skip()
         deltas: list[Delta] = []
-        dropped = 0
+        dropped, failure = 0, ""
         first: list[Message] = [{"role": "system", "content": system}] if system and system.strip() else []
         try:
             seed = random.getrandbits(32) if seed is None or seed < 0 else seed
@@ -141,18 +161,21 @@ class Handlers:
                 use_tools=use_tools,
             )
             with self.clients.admitted(_address(request)):
-                async with aclosing(events):
-                    async for event in events:
+                async with aclosing(with_looks(events)) as looked:
+                    async for event in looked:
+                        if event is None:  # only after something does Gradio see that nobody is there any more
+                            yield (gr.skip(),) * 4
+                            continue
                         deltas += event.deltas
-                        dropped += event.dropped
+                        dropped, failure = dropped + event.dropped, event.error
                         if not (event.deltas or event.dropped or event.finish_reason):
                             continue
                         said_now: list[Message] = [{"role": "assistant", "content": parts(deltas)}] if deltas else []
                         grown = messages + said_now
                         notes = told(event.usage, event.finish_reason, dropped) or "…" * (not event.finish_reason)
                         yield {**chat, "messages": grown}, view.shown(grown), notes, gr.skip()
-            if event.error:
-                raise UserError(f"the model failed: {event.error}")
+            if failure:
+                raise UserError(f"the model failed: {failure}")
         except (UserError, ApiError) as error:
             about = "Longest answer: " if isinstance(error, NoRoom) else ""
             gr.Warning(html.escape(f"{about}{error}"))

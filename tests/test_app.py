@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 from playwright import sync_api
-from test_backend import held, until
+from test_backend import held, pending, until
 from test_cli_chat import CALL, runs, stalled  # noqa: F401
 
 from nanochat_jax.data.preference import open_pairs
@@ -91,7 +91,7 @@ class Visitor:
         self.visit()
 
     def watch(self, page) -> None:
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(180_000)
         page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
@@ -272,10 +272,24 @@ def test_a_visitor_who_leaves_frees_the_slot(visitor, server, slow):
     one.choose("demo/sft")
     one.send("hello")
     one.wait("ababab")
-    finished = server[1].service("demo/sft").stats()["finished"].get("cancelled", 0)
+    service = server[1].service("demo/sft")
+    finished = service.stats()["finished"].get("cancelled", 0)
     one.page.close()
-    until(lambda: server[1].service("demo/sft").stats()["running"] == 0)
-    assert server[1].service("demo/sft").stats()["finished"]["cancelled"] == finished + 1
+    until(lambda: service.stats()["running"] == 0)
+    assert service.stats()["finished"]["cancelled"] == finished + 1
+
+
+def test_who_leaves_before_the_first_word_gives_the_place_up(visitor, server):
+    one = visitor()
+    one.choose("demo/sft")
+    service = server[1].service("demo/sft")
+    with held(service):
+        one.send("hello")
+        one.wait("…", "#stats")
+        until(lambda: pending(service))
+        (handle,) = pending(service)
+        one.page.close()
+        until(lambda: handle.cancelled)
 
 
 def test_retry_undo_edit_and_examples(visitor):
@@ -388,10 +402,10 @@ def test_without_a_checkpoint_the_page_says_how_to_make_one(browser, tmp_path):
     with serving(tmp_path) as (address, _):
         page = browser.new_page()
         page.goto(address)
-        page.locator("#banner").get_by_text("bash train/demo.sh").wait_for(timeout=60_000)
+        page.locator("#banner").get_by_text("bash train/demo.sh").wait_for(timeout=180_000)
         page.locator("#box textarea").fill("hello")
         page.keyboard.press("Enter")
-        page.locator(".toast-wrap").get_by_text("bash train/demo.sh").wait_for(timeout=60_000)
+        page.locator(".toast-wrap").get_by_text("bash train/demo.sh").wait_for(timeout=180_000)
         page.close()
 
 

