@@ -9,7 +9,7 @@ is waited for which no computation hides.
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from nanochat_jax.products import product_flops
@@ -25,6 +25,7 @@ MOVING = FREE | {"copy", "transpose", "reshape", "slice", "concatenate", "pad", 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)")
+_PART = re.compile(r'custom_call_target="AsyncCollective(Start|Done)"')
 _BODY = re.compile(r"body=%([\w.-]+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+[0-9]+[a-z0-9]*)\[([\d,]*)\]")
 _BITS = {"pred": 8, "bf16": 16} | {f"{kind}{bits}": bits for kind in "suf" for bits in (2, 4, 8, 16, 32, 64)}
@@ -74,6 +75,11 @@ class Execution:
     traffic: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
     matrix_flops: float = 0
     without_estimate: Counter[str] = field(default_factory=Counter)  # operations that took no time here
+
+    def wait(self, now: float, until: float) -> float:
+        """Time as it is then."""
+        self.waiting_seconds += max(0.0, until - now)
+        return max(now, until)
 
     def add(self, other: "Execution", times: int = 1) -> None:
         """Another program's computation and traffic, so many times; the clock is set by whoever calls this."""
@@ -152,16 +158,22 @@ class _Reader:
                 done.add(longest)
                 now += longest.seconds
             elif op.opcode.endswith("-done"):
-                waiting = max(0.0, max((ends.get(operand, 0.0) for operand in op.operands()), default=0.0) - now)
-                done.waiting_seconds += waiting
-                now += waiting
+                now = done.wait(now, max((ends.get(operand, 0.0) for operand in op.operands()), default=0.0))
+            elif (fused := self._fused(op)) is not None:
+                part, channel, (kind, sent, seconds) = fused
+                if part == "Start":
+                    done.traffic[kind].add(1, sent, seconds)
+                    ends[channel] = link_free = max(now, link_free) + seconds
+                elif part == "Done":
+                    now = done.wait(now, ends.get(channel, 0.0))
+                else:
+                    now += self._compute(op, done)
             elif (collective := self._collective(op)) is not None:
                 kind, sent, seconds = collective
                 done.traffic[kind].add(1, sent, seconds)
                 ends[op.name] = link_free = max(now, link_free) + seconds
                 if not op.opcode.endswith("-start"):
-                    done.waiting_seconds += link_free - now
-                    now = link_free
+                    now = done.wait(now, link_free)
             else:
                 now += self._compute(op, done)
         done.seconds = now
@@ -249,8 +261,8 @@ class _Reader:
         if not inside:
             return None
         kind = min(inside)
-        line = op.line if opcode in COLLECTIVES else self._line_of(kind, op)
-        axes = _axes(line, self.rates.mesh)
+        lines = (inner.line for inner in (op, *self._within(op)) if inner.opcode.removesuffix("-start") == kind)
+        axes = _axes(next(lines, op.line), self.rates.mesh)
         devices = (
             math.prod(self.rates.mesh.get(axis, 1) for axis in axes) if axes else math.prod(self.rates.mesh.values())
         )
@@ -263,14 +275,28 @@ class _Reader:
         sent = size * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
         return kind, sent, sent / self.rates.link_bytes_per_second(axes)
 
-    def _line_of(self, kind: str, op: Operation) -> str:
-        """The line of a collective within what an operation calls."""
+    def _fused(self, op: Operation) -> tuple[str, str, tuple[str, float, float]] | None:
+        """A part of an asynchronous collective that XLA cut up and put into fusions, beside what they compute.
+
+        Returns:
+            "Start", "Done" or, between them, nothing; its channel; kind, bytes and seconds of the whole. None for other
+            operations.
+        """
+        if op.opcode != "fusion" or not self._inside(op) & set(COLLECTIVES):
+            return None
+        within = list(self._within(op))
+        for collective in within:
+            channel = re.search(r"channel_id=(\d+).*chain_id=", collective.line)
+            if channel and (whole := self._collective(collective)):
+                return "".join(part for inner in within for part in _PART.findall(inner.line)), channel[1], whole
+        return None
+
+    def _within(self, op: Operation) -> Iterator[Operation]:
+        """The operations that an operation calls, and those that fusions among them call."""
         for inner in (inner for name in op.called() for inner in self.computations[name]):
-            if inner.opcode.removesuffix("-start") == kind:
-                return inner.line
-            if inner.opcode == "fusion" and kind in self._inside(inner):
-                return self._line_of(kind, inner)
-        return op.line
+            yield inner
+            if inner.opcode == "fusion":
+                yield from self._within(inner)
 
 
 def _elements(dims: str) -> int:

@@ -86,6 +86,42 @@ ENTRY %main (x: bf16[8,16], y: f32[8]) -> f32[8] {{
 """
 
 
+def part(number: int, rest: str = "") -> str:
+    """The computation of a fusion with a part of a gather of 1,024 bytes."""
+    line = f'f32[16,16]{{1,0}} all-gather(%q{number}), channel_id=7, {FSDP}, frontend_attributes={{chain_id="1"}}'
+    return f"""%part{number} (q{number}: f32[4,16]) -> f32[16,16] {{
+  %q{number} = f32[4,16]{{1,0}} parameter(0)
+  %all-gather.{number} = {line}
+  {rest or f"ROOT %add.{number} = f32[16,16]{{1,0}} add(%all-gather.{number}, %all-gather.{number})"}
+}}
+
+"""
+
+
+def marked(name: str) -> str:
+    return f'ROOT %custom-call.{name} = f32[16,16]{{1,0}} custom-call(), custom_call_target="AsyncCollective{name}"'
+
+
+IN_PARTS = f"""HloModule jit_step, is_scheduled=true
+
+{part(1, marked("Start"))}{part(2)}{part(3)}{part(4, marked("Done"))}ENTRY %main (x: f32[4,16]) -> f32[16,16] {{
+  %x = f32[4,16]{{1,0}} parameter(0)
+  %async-collective-start.1 = (f32[4,16], f32[16,16]) fusion(%x), kind=kCustom, calls=%part1
+  %fusion.1 = f32[16,16]{{1,0}} fusion(%x), kind=kOutput, calls=%part2, {cycles(2000)}
+  %fusion.2 = f32[16,16]{{1,0}} fusion(%x), kind=kOutput, calls=%part3, {cycles(3000)}
+  ROOT %async-collective-done.1 = f32[16,16] fusion(%x), kind=kCustom, calls=%part4
+}}
+"""
+
+
+def test_a_collective_cut_into_parts_of_other_fusions_is_one_that_they_hide():
+    done = hlo.read(IN_PARTS, RATES)
+    gathers = done.traffic["all-gather"]
+    assert (gathers.count, gathers.bytes, gathers.seconds) == (1, 768, 7.68)
+    assert dict(done.kinds) == {"element-wise": 5.0}
+    assert (done.waiting_seconds, done.seconds) == pytest.approx((2.68, 7.68))
+
+
 @pytest.mark.parametrize("program", [PROGRAM, PROGRAM.replace(TRIPS, "")], ids=["rounds noted", "rounds compared"])
 def test_a_program_by_hand(program):
     done = hlo.read(program, RATES)
