@@ -77,7 +77,7 @@ class Execution:
     without_estimate: Counter[str] = field(default_factory=Counter)  # operations that took no time here
 
     def wait(self, now: float, until: float) -> float:
-        """Time as it is then."""
+        """Let the clock go on to a later time, if that is later; what passes counts as waiting."""
         self.waiting_seconds += max(0.0, until - now)
         return max(now, until)
 

@@ -76,7 +76,7 @@ class MetricsLog:
             temporary.write_text("".join(kept))
             self._file = temporary.replace(self._local / "metrics.jsonl").open("a", buffering=1)
             # Not its SummaryWriter, whose thread dies of a full disk, and all that is added then waits for ever.
-            # By itself it names files by the second, and a second one of that name would take the first one's place.
+            # EventsWriter names files by the second, and a second one of that name would take the first one's place.
             fraction = f".{time.time_ns() % 10**9:09}"
             self._events = EventsWriter(str(self._local / "tensorboard" / "events"), filename_suffix=fraction)
             self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))

@@ -38,7 +38,7 @@ def processes_with(text: str) -> list[str]:
 
 def test_right_program():
     result = run("import math, collections, re\nassert math.isqrt(9) == 3\nprint('é')")
-    assert result.ok and result.output == "é\n" and result.seconds > 0
+    assert result.ok and result.output == "é\n" and result.seconds < 10
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_wrong_programs(code, output):
 )
 def test_looping_ends_in_time(code):
     result = run_python(code, QUICK)
-    assert result.status == "timeout" and result.seconds < 30
+    assert result.status == "timeout" and result.seconds < 6
 
 
 def test_forking_leaves_nothing_behind(held, tmp_path):
